@@ -1,0 +1,462 @@
+"""A compact PyBullet simulator of the one-shot pushing benchmark.
+
+A 7-DoF torque-controlled arm pushes the *target* object onto a red disc and leaves the
+*distractor* alone; which of the two is the target is told by a demonstration only. The start
+ranges, the camera, the control rate and the success rule are those of MIL's simulated pushing
+(Finn et al., CoRL 2017), the benchmark of the TecNets paper. Lengths are metres, angles radians,
+torques newton metres; the goal is the origin, +x points from the robot to the camera.
+"""
+import colorsys
+import contextlib
+import ctypes
+import functools
+import os
+import sys
+import tempfile
+import xml.etree.ElementTree as ElementTree
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+
+@contextlib.contextmanager
+def _quiet():
+    """PyBullet's C code prints banners at import and at every connect; drop them."""
+    saved = [(stream, os.dup(stream)) for stream in (1, 2)]
+    null = os.open(os.devnull, os.O_WRONLY)
+    sys.stdout.flush()
+    try:
+        for stream, _ in saved:
+            os.dup2(null, stream)
+        yield
+    finally:
+        ctypes.CDLL(None).fflush(None)
+        for stream, copy in saved:
+            os.dup2(copy, stream)
+            os.close(copy)
+        os.close(null)
+
+
+with _quiet():
+    import pybullet
+    import pybullet_data
+    from pybullet_utils.bullet_client import BulletClient
+
+# The benchmark's rules (MIL's simulated pushing).
+CONTROL_HZ = 20
+HORIZON = 100  # control steps, 5 s
+IMAGE_SIZE = 125  # pixels
+STATE_DIM = 20  # 7 joint angles, 7 joint velocities, end effector (3), goal (3)
+ACTION_DIM = 7
+GOAL_RADIUS = 0.08  # of the drawn disc
+SUCCESS_DISTANCE = 0.017 ** 0.5  # the rule squares it; laxer than the disc
+SUCCESS_STEPS = 10  # control steps within SUCCESS_DISTANCE
+STRICT_DISTANCE = 0.05  # final distance of the stricter rule reported beside it
+MOVED_DISTANCE = 0.03  # a distractor moved further than this counts as moved
+START_X, START_Y = (-0.3, 0.0), (0.0, 0.2)  # of an object; y is mirrored for the other side
+GOAL_CLEARANCE, OBJECT_CLEARANCE = 0.17, 0.10
+START_SPEED = 0.005  # joint velocities at the start, U(-0.005, 0.005) rad/s
+
+# The objects. 999 usable meshes of pybullet_data/random_urdfs (168 holds NaNs), split for good.
+SPLITS = ("train", "val", "test")
+_MESHES = np.random.default_rng(0).permutation([i for i in range(1000) if i != 168]).tolist()
+MESHES = dict(train=_MESHES[:699], val=_MESHES[699:850], test=_MESHES[850:])
+SIZE = (0.055, 0.27)  # largest horizontal extent, the range of the benchmark
+HEIGHT = (0.03, 0.08)  # a mesh is stretched or flattened into this range, the fork travels above
+MASS = (0.1, 2.0)  # kg, log-uniform
+FRICTION = (0.15, 0.5)  # sliding, against the table; with the mass 0.15-10 N of resistance
+SIMILAR = 0.3  # share of pairs whose objects look nearly the same
+PATTERNS = ("flat", "stripes", "checks", "patches")
+
+# The arm: KUKA iiwa on a bracket that the camera does not see, flange down, a fork as the tool.
+BASE = (-0.61, 0.0, 0.36)
+FORK_LINK = 7  # its frame is the end effector: centre of the bar, prongs along -x, z down
+FORK_WIDTH, PRONG, STEM = 0.15, 0.06, 0.12
+START_JOINTS = (0.0, 1.562, 0.0, -2.045, 0.0, -0.465, 0.0)  # fork at (-0.37, 0, 0.12), pointing at the goal
+DAMPING = np.array([15, 15, 10, 8, 1.5, 1.5, 0.6])  # N m s/rad: torque acts like a velocity command
+TORQUE = np.array([20, 20, 10, 10, 2, 2, 1.0])  # action 1
+SUBSTEPS = 12  # of 1/240 s
+
+# The camera, opposite the robot: 0.73 m from the goal, 50 degrees down, 45 degrees field of view.
+CAMERA_TARGET, CAMERA_DISTANCE, CAMERA_ELEVATION, CAMERA_FOV = (-0.12, 0, 0), 0.8, -50, 45
+SUPERSAMPLE = 2  # rendered at twice the size and averaged
+TABLE_RGB, GOAL_RGB = (0.72, 0.70, 0.64), (0.85, 0.05, 0.05)
+DRAWN_LINKS = (5, 6, 7)  # the camera never sees the others
+
+
+@dataclass(frozen=True)
+class Appearance:
+    """A two-colour procedural texture; `colours` are two RGB triples in [0, 1]."""
+    pattern: str
+    colours: tuple
+    seed: int
+
+
+@dataclass(frozen=True)
+class Body:
+    """One object: `size` is its largest horizontal extent (m), `mass` in kg."""
+    mesh_id: int
+    size: float
+    mass: float
+    friction: float
+    appearance: Appearance
+
+
+@dataclass(frozen=True)
+class Task:
+    """Push `target` to the goal, leave `distractor`. Tasks 2k and 2k + 1 swap the two."""
+    split: str
+    index: int
+    target: Body
+    distractor: Body
+
+
+def make_task(split, index):
+    """The task of a split ("train", "val", "test") with an index >= 0, always the same one.
+
+    Raises ValueError for an unknown split or a negative index.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}: choose from {', '.join(SPLITS)}")
+    if index < 0:
+        raise ValueError(f"task index must be 0 or more, not {index}")
+    pair, swapped = divmod(index, 2)
+    rng = np.random.default_rng([SPLITS.index(split), pair])
+    meshes = MESHES[split]
+    looks = [_random_appearance(rng) for _ in range(2)]
+    if rng.random() < SIMILAR:
+        colours = np.clip(np.array(looks[0].colours) + rng.normal(0, 0.06, (2, 3)), 0, 1)
+        looks[1] = Appearance(looks[0].pattern, tuple(map(tuple, colours.tolist())), looks[1].seed)
+    bodies = [Body(mesh_id=meshes[(2 * pair + i) % len(meshes)],
+                   size=float(np.exp(rng.uniform(*np.log(SIZE)))),
+                   mass=float(np.exp(rng.uniform(*np.log(MASS)))),
+                   friction=float(rng.uniform(*FRICTION)),
+                   appearance=looks[i]) for i in range(2)]
+    return Task(split, index, bodies[swapped], bodies[1 - swapped])
+
+
+def _random_appearance(rng):
+    colours = tuple(colorsys.hsv_to_rgb(*rng.uniform((0, 0.1, 0.25), (1, 1, 1))) for _ in range(2))
+    return Appearance(PATTERNS[rng.integers(len(PATTERNS))], colours, int(rng.integers(2 ** 31)))
+
+
+def _texture(look, cells=8):
+    """The 64 x 64 pixel picture of an appearance."""
+    row, column = np.indices((cells, cells))
+    mix = {"flat": np.zeros((cells, cells)), "stripes": column // 2 % 2,
+           "checks": (row // 2 + column // 2) % 2,
+           "patches": np.random.default_rng(look.seed).random((cells, cells))}[look.pattern]
+    a, b = np.array(look.colours) * 255
+    pixels = (a + mix[..., None] * (b - a)).astype(np.uint8)
+    return Image.fromarray(pixels).resize((64, 64), Image.Resampling.NEAREST)
+
+
+@functools.lru_cache(maxsize=64)
+def _mesh(mesh_id):
+    """Path, vertices (V, 3) and triangles (T, 3) of a mesh of pybullet_data/random_urdfs."""
+    path = os.path.join(pybullet_data.getDataPath(), "random_urdfs", f"{mesh_id:03d}", f"{mesh_id:03d}.obj")
+    vertices, faces = [], []
+    with open(path) as file:
+        for line in file:
+            kind, *values = line.split() or [""]
+            if kind == "v":
+                vertices.append([float(v) for v in values[:3]])
+            elif kind == "f":
+                faces.append([int(v.split("/")[0]) - 1 for v in values[:3]])
+    return path, np.array(vertices), np.array(faces)
+
+
+def body_shape(body):
+    """Scale (3,), centre (3,) in mesh units and horizontal radius (m) that give a body its size."""
+    _, vertices, _ = _mesh(body.mesh_id)
+    low, high = vertices.min(0), vertices.max(0)
+    scale = body.size / (high - low)[:2].max()
+    height = np.clip((high - low)[2] * scale, *HEIGHT)
+    scale = np.array([scale, scale, height / (high - low)[2]])
+    centre = (low + high) / 2
+    radius = np.linalg.norm(((vertices - centre) * scale)[:, :2], axis=1).max()
+    return scale, centre, float(radius)
+
+
+@functools.lru_cache(maxsize=1)
+def _arm_urdf():
+    """Text of pybullet_data's iiwa with the fork, without collision shapes and hidden visuals."""
+    folder = os.path.join(pybullet_data.getDataPath(), "kuka_iiwa")
+    tree = ElementTree.parse(os.path.join(folder, "model.urdf"))
+    root = tree.getroot()
+    for number, link in enumerate(root.findall("link")):
+        link.remove(link.find("collision"))
+        if number in DRAWN_LINKS:
+            mesh = link.find("visual").find(".//mesh")
+            mesh.set("filename", os.path.join(folder, mesh.get("filename")))
+        else:
+            link.remove(link.find("visual"))
+    boxes = [((0.012, FORK_WIDTH, 0.04), (0, 0, 0)), ((0.02, 0.02, STEM), (0, 0, -STEM / 2))]
+    boxes += [((PRONG, 0.0075, 0.04), (-PRONG / 2, side * (FORK_WIDTH - 0.0075) / 2, 0)) for side in (-1, 1)]
+    shapes = "".join(
+        f'<{kind}><origin xyz="{x} {y} {z}"/><geometry><box size="{a} {b} {c}"/></geometry>{paint}</{kind}>'
+        for (a, b, c), (x, y, z) in boxes for kind, paint in
+        (("visual", '<material name="Black"><color rgba="0.08 0.08 0.08 1"/></material>'), ("collision", "")))
+    root.extend(ElementTree.fromstring(f"""<fork>
+        <link name="fork"><inertial><mass value="0.5"/>
+          <inertia ixx="0.003" iyy="0.003" izz="0.003" ixy="0" ixz="0" iyz="0"/></inertial>{shapes}</link>
+        <joint name="fork_joint" type="fixed"><parent link="lbr_iiwa_link_7"/><child link="fork"/>
+          <origin xyz="0 0 {0.045 + STEM}"/></joint></fork>"""))
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+@functools.lru_cache(maxsize=4)
+def _background(size):
+    """The empty scene, RGBA (size, size) as uint32: all that stands behind the moving bodies."""
+    with _quiet():
+        client = BulletClient(pybullet.DIRECT)
+    table = client.createVisualShape(client.GEOM_BOX, halfExtents=(2, 2, 0.01), rgbaColor=(*TABLE_RGB, 1))
+    client.createMultiBody(0, -1, table, (0, 0, -0.01))
+    disc = client.createVisualShape(client.GEOM_CYLINDER, radius=GOAL_RADIUS, length=0.001, rgbaColor=(*GOAL_RGB, 1))
+    client.createMultiBody(0, -1, disc, (0, 0, 0.001))
+    pixels, _ = _camera(client, size)
+    client.disconnect()
+    return pixels
+
+
+def _camera(client, size):
+    """RGBA (size, size) as uint32 and the mask (size, size) of the pixels that show a body."""
+    view = client.computeViewMatrixFromYawPitchRoll(CAMERA_TARGET, CAMERA_DISTANCE, 90, CAMERA_ELEVATION, 0, 2)
+    projection = client.computeProjectionMatrixFOV(CAMERA_FOV, 1, 0.1, 3)
+    _, _, rgba, _, segmentation = client.getCameraImage(
+        size, size, view, projection, shadow=0, renderer=client.ER_TINY_RENDERER)
+    return rgba.view(np.uint32).reshape(size, size), segmentation.reshape(size, size) >= 0
+
+
+class PushEnv:
+    """The pushing task, with the calls of a Gymnasium environment.
+
+    An observation is a dict of `state` (20,) float32 and, with `render`, `image`
+    (image_size, image_size, 3) uint8, both of the same instant. The reward is 1.0 while the target
+    is within SUCCESS_DISTANCE of the goal. An episode's course depends on the task, the seed and
+    the actions only: every reset starts a fresh physics client.
+    """
+
+    def __init__(self, image_size=IMAGE_SIZE, render=True):
+        self.image_size, self.render = image_size, render
+        self.client = None
+
+    def reset(self, *, seed=None, options=None):
+        """Start an episode; `options` holds the `task` and, if wanted, the target's `side` (1 or -1).
+
+        Returns (obs, info). Raises ValueError without a task.
+        """
+        options = options or {}
+        if "task" not in options:
+            raise ValueError('reset needs options={"task": make_task(split, index)}')
+        self.task, self._rng = options["task"], np.random.default_rng(seed)
+        self.close()
+        with _quiet():
+            self.client = client = BulletClient(pybullet.DIRECT)
+        client.setGravity(0, 0, -9.81)
+        client.setTimeStep(1 / CONTROL_HZ / SUBSTEPS)
+        unseen = client.createVisualShape(client.GEOM_BOX, halfExtents=(0.01,) * 3, visualFramePosition=(0, 0, -99))
+        table = client.createMultiBody(0, client.createCollisionShape(client.GEOM_PLANE), unseen)
+        client.changeDynamics(table, -1, lateralFriction=1)
+        side = options.get("side") or self._rng.choice((-1, 1))
+        self._place_objects(side)
+        self._load_arm()
+        self.steps = self.steps_at_goal = 0
+        self._distractor_start = self.distractor_position
+        return self._observe(), self._info()
+
+    def step(self, action):
+        """Apply an action (7,) in [-1, 1], clipped, for one control step (1/20 s).
+
+        Returns (obs, reward, terminated, truncated, info). Raises ValueError for a wrong shape or NaN.
+        """
+        action = np.asarray(action, np.float64)
+        if action.shape != (ACTION_DIM,) or not np.isfinite(action).all():
+            raise ValueError(f"an action is {ACTION_DIM} finite numbers, not {action}")
+        client = self.client
+        gravity = client.calculateInverseDynamics(self.arm, self.q.tolist(), [0] * 7, [0] * 7)
+        joints, torques = list(range(7)), (np.clip(action, -1, 1) * TORQUE + gravity).tolist()
+        for _ in range(SUBSTEPS):  # PyBullet clears the torques at every step
+            client.setJointMotorControlArray(self.arm, joints, client.TORQUE_CONTROL, forces=torques)
+            client.stepSimulation()
+        self.steps += 1
+        obs, info = self._observe(), self._info()
+        at_goal = info["distance"] < SUCCESS_DISTANCE
+        self.steps_at_goal += at_goal
+        info["success"] = self.steps_at_goal >= SUCCESS_STEPS
+        return obs, float(at_goal), False, self.steps >= HORIZON, info
+
+    def close(self):
+        """End the physics client; the environment can be reset again."""
+        if self.client is not None:
+            self.client.disconnect()
+            self.client = None
+
+    @property
+    def target_position(self):
+        """(3,) position of the target's centre."""
+        return np.array(self.client.getBasePositionAndOrientation(self.target)[0])
+
+    @property
+    def distractor_position(self):
+        """(3,) position of the distractor's centre."""
+        return np.array(self.client.getBasePositionAndOrientation(self.distractor)[0])
+
+    def _place_objects(self, side):
+        bodies = (self.task.target, self.task.distractor)
+        clearance = max(OBJECT_CLEARANCE, sum(body_shape(body)[2] for body in bodies))
+        places = []
+        while len(places) < 2:  # the target, then the distractor on the other side
+            sign = side * (-1) ** len(places)
+            place = np.array([self._rng.uniform(*START_X), sign * self._rng.uniform(*START_Y)])
+            if np.linalg.norm(place) > GOAL_CLEARANCE:
+                places.append(place)
+            if len(places) == 2 and np.linalg.norm(places[0] - places[1]) <= clearance:
+                places.clear()
+        turns = [self.client.getQuaternionFromEuler((0, 0, self._rng.uniform(-np.pi, np.pi))) for _ in bodies]
+        self.target, self.distractor = ids = [
+            self._load_body(body, place, turn) for body, place, turn in zip(bodies, places, turns)]
+        for _ in range(SUBSTEPS * CONTROL_HZ // 2):  # half a second to come to rest, then back to the place
+            self.client.stepSimulation()
+        for body, place in zip(ids, places):
+            (_, _, z), turn = self.client.getBasePositionAndOrientation(body)
+            self.client.resetBasePositionAndOrientation(body, (*place, z), turn)
+            self.client.resetBaseVelocity(body, (0, 0, 0), (0, 0, 0))
+
+    def _load_body(self, body, place, turn):
+        client = self.client
+        path, vertices, faces = _mesh(body.mesh_id)
+        scale, centre, _ = body_shape(body)
+        collision = client.createCollisionShape(client.GEOM_MESH, fileName=path, meshScale=scale.tolist(),
+                                                collisionFramePosition=(-centre * scale).tolist())
+        visual = -1
+        if self.render:  # each triangle flat, its texture projected along the axis that it faces most
+            triangles = ((vertices - centre) * scale)[faces]  # (T, 3, 3)
+            normals = np.cross(triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0])
+            normals /= np.linalg.norm(normals, axis=1, keepdims=True) + 1e-12
+            facing = np.abs(normals).argmax(1)
+            uvs = np.take_along_axis(triangles, np.array([[1, 2], [0, 2], [0, 1]])[facing][:, None], 2) / 0.08
+            visual = client.createVisualShape(
+                client.GEOM_MESH, vertices=triangles.reshape(-1, 3).tolist(), indices=list(range(3 * len(faces))),
+                normals=np.repeat(normals, 3, 0).tolist(), uvs=uvs.reshape(-1, 2).tolist())
+        body_id = client.createMultiBody(
+            body.mass, collision, visual, (*place, (np.ptp(vertices, axis=0) * scale)[2] / 2 + 0.001), turn)
+        client.changeDynamics(body_id, -1, lateralFriction=body.friction, rollingFriction=0.002,
+                              spinningFriction=0.002)
+        if self.render:
+            with tempfile.NamedTemporaryFile(suffix=".png") as file:
+                _texture(body.appearance).save(file.name)
+                client.changeVisualShape(body_id, -1, textureUniqueId=client.loadTexture(file.name), rgbaColor=(1,) * 4)
+        return body_id
+
+    def _load_arm(self):
+        client = self.client
+        with tempfile.NamedTemporaryFile("w", suffix=".urdf") as file:
+            file.write(_arm_urdf())
+            file.flush()
+            # Inertias recomputed from the fork's thin boxes would let the last joint spin freely.
+            self.arm = client.loadURDF(file.name, BASE, useFixedBase=True, flags=client.URDF_USE_INERTIA_FROM_FILE)
+        client.setJointMotorControlArray(self.arm, range(7), client.VELOCITY_CONTROL, forces=[0] * 7)
+        speeds = self._rng.uniform(-START_SPEED, START_SPEED, 7)
+        for joint in range(7):
+            client.changeDynamics(self.arm, joint, jointDamping=DAMPING[joint])
+            client.resetJointState(self.arm, joint, START_JOINTS[joint], speeds[joint])
+        client.changeDynamics(self.arm, FORK_LINK, lateralFriction=0.5)
+
+    def _observe(self):
+        client = self.client
+        joints = client.getJointStates(self.arm, range(7))
+        self.q, self.dq = (np.array([joint[i] for joint in joints]) for i in (0, 1))
+        fork = client.getLinkState(self.arm, FORK_LINK, computeLinkVelocity=True, computeForwardKinematics=True)
+        self.fork_velocity = np.array(fork[6][:2])
+        self.fork_position, self.fork_rotation = np.array(fork[4]), np.reshape(
+            client.getMatrixFromQuaternion(fork[5]), (3, 3))
+        obs = {"state": np.concatenate([self.q, self.dq, self.fork_position, np.zeros(3)]).astype(np.float32)}
+        if self.render:
+            obs["image"] = self._image()
+        return obs
+
+    def _image(self):
+        """Draw the bodies over the empty scene, antialiased: the same picture as drawing it all, but faster."""
+        n, s = self.image_size, SUPERSAMPLE
+        pixels, body = _camera(self.client, n * s)
+        pixels = np.where(body, pixels, _background(n * s)).view(np.uint8).reshape(n, s, n, s, 4)
+        total = sum(pixels[:, i, :, j].astype(np.uint16) for i in range(s) for j in range(s))
+        return ((total + s * s // 2) // (s * s)).astype(np.uint8)[..., :3]
+
+    def _info(self):
+        target, distractor = self.target_position, self.distractor_position
+        return {"distance": float(np.linalg.norm(target[:2])),
+                "distractor_displacement": float(np.linalg.norm((distractor - self._distractor_start)[:2])),
+                "success": self.steps_at_goal >= SUCCESS_STEPS}
+
+
+# The scripted expert. Every phase can be read from the picture and the state, so that it can be cloned.
+TRAVEL_HEIGHT, PUSH_HEIGHT = 0.118, 0.022  # of the fork
+TRAVEL_SPEED, PUSH_SPEED = 0.45, 0.20  # m/s
+STOP_DISTANCE = 0.015
+
+
+def expert_action(env):
+    """The expert's action (7,) in [-1, 1] for the state that `env` is in; it sees the bodies' poses.
+
+    High up it travels to a point behind the target on the line to the goal and turns the fork
+    there, comes down in a funnel, and pushes while it is low and has the target in the fork;
+    otherwise it goes up and comes again.
+    """
+    target, turn = env.client.getBasePositionAndOrientation(env.target)
+    target, fork, rotation = np.array(target[:2]), env.fork_position, env.fork_rotation
+    distance = np.linalg.norm(target)
+    ahead = -target / max(distance, 1e-6)
+    aside = np.array([-ahead[1], ahead[0]])
+    back = _extent(env.task.target, env.client.getMatrixFromQuaternion(turn), -ahead)
+    gap = back + PRONG + 0.02
+    behind = target - ahead * gap
+    along, lateral = (fork[:2] - target) @ ahead, (fork[:2] - target) @ aside
+    facing = -rotation[:2, 0]
+    yaw_error = np.arctan2(facing[0] * ahead[1] - facing[1] * ahead[0], facing @ ahead)
+
+    force = np.zeros(2)
+    if distance < STOP_DISTANCE:
+        velocity, height, yaw_error = np.zeros(2), fork[2], 0.0
+    elif (fork[2] < 0.05 and -gap - 0.04 < along < 0 and abs(lateral) < 0.05 and abs(yaw_error) < 0.6):
+        speed, height = min(PUSH_SPEED, 2 * distance + 0.02), PUSH_HEIGHT
+        velocity = ahead * speed - 4 * lateral * aside
+        force = ahead * np.clip(PUSH_FORCE + PUSH_GAIN * (speed - env.fork_velocity @ ahead), 0, MAX_FORCE)
+    else:
+        offset = behind - fork[:2]
+        away = np.linalg.norm(offset)
+        height = np.clip(PUSH_HEIGHT + 2 * (away - 0.015) + 0.1 * max(0, abs(yaw_error) - 0.2), PUSH_HEIGHT, TRAVEL_HEIGHT)
+        speed = min(TRAVEL_SPEED, 4 * away) * np.clip(1 - (height - fork[2] - 0.02) / 0.03, 0, 1)
+        velocity = offset / max(away, 1e-6) * speed
+    twist = np.concatenate([velocity, [np.clip(8 * (height - fork[2]), -0.35, 0.35)],
+                            4 * np.cross(rotation[:, 2], (0, 0, -1))])
+    twist[5] = np.clip(5 * yaw_error, -3, 3)
+    return _joint_control(env, twist, force)
+
+
+PUSH_FORCE, PUSH_GAIN, MAX_FORCE = 4.0, 50.0, 14.0
+GAIN = 14.0
+
+
+def _joint_control(env, twist, force):
+    """Torques (as an action) for a fork velocity (6,) and a horizontal fork force (2,)."""
+    q = env.q.tolist()
+    jacobian = np.concatenate(env.client.calculateJacobian(env.arm, FORK_LINK, (0, 0, 0), q, [0] * 7, [0] * 7))
+    inverse = jacobian.T @ np.linalg.inv(jacobian @ jacobian.T + 1e-3 * np.eye(6))
+    posture = POSTURE - env.q
+    speeds = inverse @ twist + (np.eye(7) - inverse @ jacobian) @ posture
+    mass = np.array(env.client.calculateMassMatrix(env.arm, q))
+    torque = DAMPING * speeds + mass @ (GAIN * (speeds - env.dq)) + jacobian[:2].T @ force
+    return np.clip(torque / TORQUE, -1, 1)
+
+
+POSTURE = np.array([0, 1.4, 0, -1.5, 0, 0, 0])
+
+
+def _extent(body, rotation, direction):
+    """How far a body reaches from its centre along a horizontal direction."""
+    _, vertices, _ = _mesh(body.mesh_id)
+    scale, centre, _ = body_shape(body)
+    return ((vertices - centre) * scale @ (np.append(direction, 0) @ np.reshape(rotation, (3, 3)))).max()
