@@ -1,0 +1,281 @@
+"""Train TecNets on demonstrations of pushing.
+
+    python train.py --preset smoke      # everything in three minutes, to see it work
+    python train.py --name ours         # our recipe; makes the data set first if there is none
+    python train.py --resume --name ours
+
+writes runs/NAME/log.jsonl, last.pt and best.pt (lowest control loss on validation tasks). An
+interrupted run goes on with `--resume` to the same numbers as an uninterrupted one.
+"""
+import argparse
+import json
+import os
+import signal
+import statistics
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+
+from data import Parser, TaskLoader, TaskSet, UserError, command, generate, number, progress, write_atomically
+from tecnets import Settings, TecNets, control_loss, embedding_loss
+
+FORMAT = 1  # of a checkpoint
+FRAMES_PER_SECOND = 140  # a core records, for the announcement only
+CALIBRATION_STEPS = 12
+CHECKPOINT_SECONDS = 60
+LOG_STEPS = 50
+
+# Every hyper-parameter: type, default (our recipe for two cores), help.
+OPTIONS = {
+    "data": (str, "data/push", "folder of the data set, made when absent"),
+    "tasks": (number(int, 0), 0, "training tasks to use, 0 for all"),
+    "minutes": (number(float, 0.1), 60.0, "training time, turned into a number of steps by a calibration"),
+    "steps": (number(int, 0), 0, "number of steps, 0 to find it from --minutes"),
+    "batch": (number(int, 2), 32, "B, tasks a step"),
+    "support": (number(int, 1), 1, "K, support demos a task"),
+    "query": (number(int, 1), 1, "Q, query demos a task"),
+    "samples": (number(int, 1), 4, "control samples of the support and of the query set a task"),
+    "chunk": (number(int, 1), 256, "images a backward pass holds in memory"),
+    "lr": (number(float, 0, 1), 1e-3, "Adam's learning rate, the peak of the schedule"),
+    "schedule": (str, "one-cycle", "of the learning rate: one-cycle or constant"),
+    "margin": (number(float, 0), 0.1, "of the embedding loss"),
+    "lambda_emb": (number(float, 0), 1.0, "weight of the embedding loss"),
+    "lambda_U": (number(float, 0), 1.0, "weight of the support's control loss"),
+    "lambda_q": (number(float, 0), 1.0, "weight of the query's control loss"),
+    "normalise_queries": (number(int, 0, 1), 1, "1: cosine similarity (paper); 0: raw queries (official code)"),
+    "support_mean": (str, "mean-norm", "mean-norm (paper) or norm-mean-norm (official code)"),
+    "negatives": (str, "sentences", "other tasks' sentences (paper) or queries (official code)"),
+    "validate_every": (number(int, 1), 500, "steps between validations"),
+    "validation_batches": (number(int, 1), 8, "batches of a validation"),
+    "seed": (number(int, 0), 0, "of the weights and the batches"),
+    "bfloat16": (number(int, 0, 1), None, "1: networks in bfloat16 (default where the processor has it)"),
+    "device": (str, "cpu", "cpu or cuda"),
+}
+SMOKE_DATA = {"train": 16, "val": 4, "test": 4, "demos": 6}
+FULL_DATA = {"train": 693, "val": 76, "test": 74, "demos": 12}
+PRESETS = {
+    "ours": {},
+    "paper": dict(batch=64, support=5, query=5, samples=1, lr=5e-4, schedule="constant", steps=400_000,
+                  lambda_U=0.1, lambda_q=0.1),
+    "smoke": dict(data="data/smoke", batch=8, support=2, query=2, minutes=1.0, validate_every=50,
+                  validation_batches=2),
+}
+
+
+def parse(argv=None):
+    """(args, preset, the options that were given): args holds name and resume."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                    argument_default=argparse.SUPPRESS)
+    parser.add_argument("--preset", choices=PRESETS, default="ours", help="changes the defaults below")
+    parser.add_argument("--name", default=None, help="of the run's folder in runs/, the preset's by default")
+    parser.add_argument("--resume", action="store_true", default=False, help="go on with an interrupted run")
+    for name, (kind, default, text) in OPTIONS.items():
+        parser.add_argument("--" + name.replace("_", "-"), dest=name, type=kind, help=f"{text} (default: {default})")
+    given = vars(parser.parse_args(argv))
+    preset, name, resume = (given.pop(key) for key in ("preset", "name", "resume"))
+    return Path("runs") / (name or preset), preset, resume, given
+
+
+def has_bfloat16(device):
+    return torch.cuda.is_bf16_supported() if device == "cuda" else torch.cpu._is_avx512_bf16_supported()
+
+
+def load_checkpoint(path, device="cpu"):
+    """The dict of a checkpoint. Raises UserError if it is missing or not one of ours."""
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        version = checkpoint["format"]
+    except FileNotFoundError:
+        raise UserError(f"no checkpoint {path}: train one with python train.py")
+    except OSError:
+        raise
+    except Exception:  # torch raises whatever the damaged bytes lead it to
+        raise UserError(f"{path} is not a checkpoint of this program, or damaged: train anew or take another")
+    if version != FORMAT:
+        raise UserError(f"{path} has format {version}, this program reads {FORMAT}: train anew")
+    return checkpoint
+
+
+def load_model(path, device="cpu"):
+    """(TecNets in evaluation mode, the checkpoint's dict)."""
+    checkpoint = load_checkpoint(path, device)
+    model = TecNets(Settings(**checkpoint["settings"])).to(device)
+    model.load_state_dict(checkpoint["model"])
+    return model.eval(), checkpoint
+
+
+def to_tensors(batch, device):
+    return {name: torch.from_numpy(batch[name]).to(device, non_blocking=True)
+            for name in ("ends_U", "ends_q", "images", "states", "actions")}
+
+
+def open_data(options, preset):
+    """The training and validation sets; the data are made first when there are none."""
+    folder = Path(options["data"])
+    if not (folder / "manifest.json").exists():
+        counts = dict(SMOKE_DATA if preset == "smoke" else FULL_DATA)
+        demos = counts.pop("demos")
+        minutes = sum(counts.values()) * demos * 100 / FRAMES_PER_SECOND / os.cpu_count() / 60
+        print(f"making the data set {folder}: about {minutes:.0f} min on {os.cpu_count()} cores", flush=True)
+        generate(folder, counts, demos, seed=0)
+    return TaskSet(folder, "train", options["tasks"] or None), TaskSet(folder, "val")
+
+
+@torch.no_grad()
+def validate(model, loader, options):
+    """Mean control loss on query demos and retrieval accuracy over the first batches of `loader`."""
+    totals = torch.zeros(2)
+    for position in range(options["validation_batches"]):
+        batch = to_tensors(loader.batch(position), options["device"])
+        s_U = model.embed(batch["ends_U"])
+        s_q = model.embed(batch["ends_q"][:, :, None])
+        prediction = model.predict(batch["images"][:, 1], batch["states"][:, 1], s_U)
+        accuracy = embedding_loss(s_U, s_q)[1]
+        totals += torch.tensor([control_loss(prediction, batch["actions"][:, 1]), accuracy])
+    return dict(zip(("val_loss_q", "val_accuracy"), (totals / options["validation_batches"]).tolist()))
+
+
+class Run:
+    """One training run: the model and everything that a resumed run needs to go on as the same run."""
+
+    def __init__(self, folder, options, task_set, val_set):
+        self.folder, self.options = folder, options
+        torch.manual_seed(options["seed"])
+        settings = Settings(image_size=task_set.frame_shape[0],
+                            **{field.name: options[field.name] for field in fields(Settings) if field.name in options})
+        self.model = TecNets(settings, *task_set.state_statistics()).to(options["device"])
+        self.model.bfloat16 = bool(options["bfloat16"])
+        self.optimiser = torch.optim.Adam(self.model.parameters(), lr=options["lr"])
+        sizes = [options[name] for name in ("support", "query", "samples")]
+        self.loader = TaskLoader(task_set, options["batch"], *sizes, seed=options["seed"])
+        self.val_loader = TaskLoader(val_set, min(options["batch"], val_set.n_tasks), *sizes, seed=0)
+        self.step, self.seconds, self.best, self.log = 0, 0.0, float("inf"), []
+        self.steps = options["steps"] or self.calibrate()
+        self.scheduler = self.make_scheduler()
+
+    def make_scheduler(self):
+        if self.options["schedule"] == "constant":
+            return torch.optim.lr_scheduler.ConstantLR(self.optimiser, factor=1)
+        return torch.optim.lr_scheduler.OneCycleLR(self.optimiser, self.options["lr"], total_steps=self.steps + 1,
+                                                   pct_start=0.1, cycle_momentum=False)
+
+    def calibrate(self):
+        """The number of steps that fit into --minutes, from the pace of a few that change nothing."""
+        seconds = []
+        for _ in range(CALIBRATION_STEPS):
+            start = time.monotonic()
+            self.model.backward(to_tensors(next(self.loader), self.options["device"]), self.options["chunk"])
+            self.model.zero_grad()
+            seconds.append(time.monotonic() - start)
+        self.loader.load_state_dict({"seed": self.options["seed"], "position": 0})
+        start = time.monotonic()
+        validate(self.model, self.val_loader, self.options)
+        pace = statistics.median(seconds) + (time.monotonic() - start) / self.options["validate_every"]
+        return max(10, int(self.options["minutes"] * 60 / pace))
+
+    def save(self, name):
+        state = {"format": FORMAT, "options": self.options, "settings": vars(self.model.settings),
+                 "step": self.step, "steps": self.steps, "seconds": self.seconds, "best": self.best, "log": self.log,
+                 "model": self.model.state_dict(), "optimiser": self.optimiser.state_dict(),
+                 "scheduler": self.scheduler.state_dict(), "loader": self.loader.state_dict(),
+                 "generator": torch.get_rng_state()}
+        write_atomically(self.folder / name, lambda file: torch.save(state, file))
+
+    def load(self, state):
+        self.step, self.steps, self.seconds = state["step"], state["steps"], state["seconds"]
+        self.best, self.log = state["best"], state["log"]
+        self.model.load_state_dict(state["model"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.scheduler = self.make_scheduler()
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.loader.load_state_dict(state["loader"])
+        torch.set_rng_state(state["generator"].cpu())
+
+    def write_log(self):
+        lines = "".join(json.dumps(row) + "\n" for row in self.log)
+        write_atomically(self.folder / "log.jsonl", lambda file: file.write(lines.encode()))
+
+    def train(self, stop):
+        """Train to the last step, or until `stop()`; whichever comes, last.pt holds the state."""
+        terms, began, saved = [], time.monotonic() - self.seconds, time.monotonic()
+        while self.step < self.steps and not stop():
+            losses = self.model.backward(to_tensors(next(self.loader), self.options["device"]), self.options["chunk"])
+            norm = torch.nn.utils.get_total_norm(p.grad for p in self.model.parameters())
+            if not torch.isfinite(losses["loss"] + norm):
+                raise UserError(f"step {self.step + 1}: the loss or its gradient is not finite; {self.folder}/last.pt "
+                                "holds the state before it: start again with a lower --lr")
+            self.optimiser.step()
+            self.optimiser.zero_grad()
+            self.scheduler.step()
+            self.step += 1
+            self.seconds = time.monotonic() - began
+            terms.append(torch.stack([losses[name] for name in losses]))
+            if self.step % LOG_STEPS == 0 or self.step == self.steps:
+                means = torch.stack(terms).mean(0).tolist()
+                terms.clear()
+                self.log.append({"step": self.step, **dict(zip(losses, means)), "lr": self.scheduler.get_last_lr()[0],
+                                 "seconds": round(self.seconds, 1)})
+                self.show()
+            if self.step % self.options["validate_every"] == 0 or self.step == self.steps:
+                self.model.eval()
+                values = validate(self.model, self.val_loader, self.options)
+                self.model.train()
+                self.log.append({"step": self.step, **values})
+                if values["val_loss_q"] < self.best:
+                    self.best = values["val_loss_q"]
+                    self.save("best.pt")
+            if self.step % LOG_STEPS == 0 and time.monotonic() - saved > CHECKPOINT_SECONDS:
+                self.save("last.pt")
+                self.write_log()
+                saved = time.monotonic()
+        self.save("last.pt")
+        self.write_log()
+
+    def show(self):
+        row = self.log[-1]
+        pace = self.step / self.seconds
+        progress(f"step {self.step}/{self.steps}  {pace:.2f}/s  control {row['loss_q']:.4f}  embedding "
+                 f"{row['loss_emb']:.4f}  retrieval {row['accuracy']:.2f}  best val {self.best:.4f}  "
+                 f"{(self.steps - self.step) / pace / 60:.1f} min left", end=self.step == self.steps)
+
+
+def main():
+    folder, preset, resume, given = parse()
+    checkpoint = load_checkpoint(folder / "last.pt") if resume else None
+    if resume:
+        options = checkpoint["options"]
+        changed = [name for name in given if given[name] != options[name]]
+        if changed:
+            raise UserError(f"{folder} was started with another --{changed[0].replace('_', '-')} "
+                            f"({options[changed[0]]}): resume without it, or start another --name")
+    else:
+        if (folder / "last.pt").exists():
+            raise UserError(f"{folder} holds a run: go on with --resume, choose another --name, or delete it")
+        options = {**{name: default for name, (_, default, _) in OPTIONS.items()}, **PRESETS[preset], **given}
+        if options["bfloat16"] is None:
+            options["bfloat16"] = int(has_bfloat16(options["device"]))
+    if options["device"] not in ("cpu", "cuda") or options["device"] == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"no device {options['device']} here: choose --device cpu")
+    folder.mkdir(parents=True, exist_ok=True)
+    run = Run(folder, options, *open_data(options, preset))
+    if resume:
+        run.load(checkpoint)
+    else:
+        run.save("last.pt")
+    print(f"{folder}: step {run.step} of {run.steps}, {options['tasks'] or run.loader.task_set.n_tasks} tasks, "
+          f"{options['batch']} a step", flush=True)
+
+    signals = []
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, lambda number_, _: signals.append(number_))
+    run.train(stop=lambda: bool(signals))
+    if signals:
+        print(f"stopped at step {run.step} of {run.steps}: go on with --resume")
+        raise SystemExit(128 + signals[0])
+    print(f"{folder}/best.pt: control loss {run.best:.4f} on validation tasks, {run.seconds / 60:.1f} min")
+
+
+if __name__ == "__main__":
+    command(main)
