@@ -65,6 +65,15 @@ def number(kind, low, high=float("inf")):
     return parse
 
 
+def choice(*words):
+    """An argparse type: one of some words."""
+    def parse(text):
+        if text not in words:
+            raise argparse.ArgumentTypeError(f"{text} is not one of {', '.join(words)}")
+        return text
+    return parse
+
+
 def progress(line, end=False):
     """Show a line in place of the last one, on a terminal only."""
     if sys.stderr.isatty():
@@ -315,8 +324,8 @@ def main():
     parser = Parser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", required=True, help="folder of the data set")
     parser.add_argument("--train", type=number(int, 1), default=693, help="training tasks")
-    parser.add_argument("--val", type=number(int, 0), default=76, help="validation tasks")
-    parser.add_argument("--test", type=number(int, 0), default=74, help="test tasks")
+    parser.add_argument("--val", type=number(int, 1), default=76, help="validation tasks")
+    parser.add_argument("--test", type=number(int, 1), default=74, help="test tasks")
     parser.add_argument("--demos", type=number(int, 2), default=12, help="demonstrations a task")
     parser.add_argument("--workers", type=number(int, 1), default=os.cpu_count(), help="processes")
     parser.add_argument("--seed", type=number(int, 0), default=0, help="seed of all demonstrations")

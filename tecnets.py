@@ -70,7 +70,7 @@ def _convolutions(planes, settings):
     """The layers up to the flattened features, and how many these are."""
     layers, size = [], settings.image_size
     for _ in range(CONVOLUTIONS):
-        layers += [_convolution(planes, settings.filters), _layer_norm(settings.filters), nn.ELU()]
+        layers += [_convolution(planes, settings.filters), _layer_norm(settings.filters), nn.ELU(inplace=True)]
         planes, size = settings.filters, (size + 1) // 2
     return nn.Sequential(*layers, nn.Flatten()), planes * size * size
 
@@ -78,14 +78,19 @@ def _convolutions(planes, settings):
 def _fully_connected(inputs, outputs, settings):
     layers = []
     for _ in range(FULLY_CONNECTED):
-        layers += [nn.Linear(inputs, settings.units), nn.ELU()]
+        layers += [nn.Linear(inputs, settings.units), nn.ELU(inplace=True)]
         inputs = settings.units
     return nn.Sequential(*layers, nn.Linear(inputs, outputs))
 
 
-def scale_images(images):
-    """uint8 (..., H, W, 3) -> float in [-1, 1] (..., 3, H, W), channels last in memory."""
-    return (images.float() / 127.5 - 1).movedim(-1, -3)
+def _first_convolution(images, weight, bias):
+    """The first convolution of images scaled to [-1, 1]: uint8 (N, H, W, C) -> (N, filters, h, w).
+
+    Of x / 127.5 - 1 the image takes the shift, exact even in bfloat16, and the weight the scale.
+    """
+    dtype = torch.get_autocast_dtype(images.device.type) if torch.is_autocast_enabled(images.device.type) else weight.dtype
+    planes = images.to(dtype).sub_(127.5).movedim(-1, 1)  # (N, C, H, W), channels last in memory
+    return F.conv2d(planes, weight / 127.5, bias, stride=2, padding=KERNEL // 2)
 
 
 class EmbeddingNet(nn.Module):
@@ -99,8 +104,12 @@ class EmbeddingNet(nn.Module):
 
     def forward(self, ends):
         """ends (N, 2, H, W, 3) uint8 -> (N, E), not normalised."""
-        planes = torch.cat([scale_images(ends[:, 0]), scale_images(ends[:, 1])], 1)  # (N, 6, H, W)
-        return self.head(self.convolutions(planes.contiguous(memory_format=torch.channels_last))).float()
+        first, *rest = self.convolutions
+        planes = torch.cat(ends.unbind(1), -1)  # (N, H, W, 6)
+        x = _first_convolution(planes, first.weight, first.bias)
+        for layer in rest:
+            x = layer(x)  # (N, features) at the end
+        return self.head(x).to(first.weight.dtype)
 
 
 class ControlNet(nn.Module):
@@ -134,13 +143,13 @@ class ControlNet(nn.Module):
         """images (B, M, H, W, 3) uint8, states (B, M, S), normalised, s (B, E) -> actions (B, M, A)."""
         B, M = images.shape[:2]
         first, *rest = self.convolutions
-        x = F.conv2d(scale_images(images.flatten(0, 1)), first.weight[:, :3], first.bias, 2, KERNEL // 2)
+        x = _first_convolution(images.flatten(0, 1), first.weight[:, :3], first.bias)
         x = x.movedim(1, -1).unflatten(0, (B, M))  # (B, M, h, w, filters)
         x = (x + self.sentence_response(s).to(x.dtype)).flatten(0, 1).movedim(-1, 1)  # (B M, filters, h, w)
         for layer in rest:
             x = layer(x)  # (B M, features) at the end
         x = torch.cat([x, states.flatten(0, 1).to(x.dtype)], 1)
-        return self.head(x).float().unflatten(0, (B, M))
+        return self.head(x).to(first.weight.dtype).unflatten(0, (B, M))
 
 
 # Sentences and losses (section 3) -------------------------------------------------------------

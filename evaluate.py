@@ -1,0 +1,231 @@
+"""Measure how often a policy imitates a demonstration of a task never seen in training.
+
+    python evaluate.py --checkpoint runs/ours/best.pt --out runs/ours/test
+    python evaluate.py --policy expert --out runs/expert
+
+The default protocol is the paper's: 74 test tasks x 6 trials, one demonstration and five. Prints a
+table and writes DIR/results.json with a row for every trial. The rows depend on the seed only,
+whatever the number of workers. Demonstrations come from the data set, or are recorded on the fly.
+"""
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+import sim
+from data import Parser, TaskSet, UserError, command, number, progress, record_demo, write_atomically
+from train import FULL_DATA, load_model
+
+POLICIES = ("tecnets", "expert", "random", "no-demo")
+
+
+# A policy: adapt(demos) once a task, then act(obs) at every step. `demos` is a list of dicts with
+# the `frames` (T, H, W, 3) uint8 of a demonstration, of which a policy may use what it likes.
+
+class TecNetsPolicy:
+    def __init__(self, model):
+        self.model = model
+
+    def adapt(self, demos):
+        ends = np.stack([demo["frames"][[0, -1]] for demo in demos])  # (K, 2, H, W, 3)
+        with torch.no_grad():
+            self.s = self.model.embed(torch.from_numpy(ends))
+
+    def act(self, obs):
+        return self.model.act(torch.from_numpy(obs["image"]), torch.from_numpy(obs["state"]), self.s).numpy()
+
+
+class NoDemoPolicy(TecNetsPolicy):
+    """The trained network with a zero sentence: what it does without being told the task."""
+
+    def adapt(self, demos):
+        self.s = torch.zeros(self.model.settings.embedding_dim)
+
+
+class ExpertPolicy:
+    def __init__(self, env):
+        self.env = env
+
+    def adapt(self, demos):
+        pass
+
+    def act(self, obs):
+        return sim.expert_action(self.env)
+
+
+class RandomPolicy:
+    def __init__(self, seed):
+        self.rng = np.random.default_rng(seed)
+
+    def adapt(self, demos):
+        pass
+
+    def act(self, obs):
+        return self.rng.uniform(-1, 1, sim.ACTION_DIM)
+
+
+def rollout(env, policy, task, seed, film=None):
+    """One trial: a dict with success, final_distance and distractor_displacement; frames go to `film`."""
+    obs, info = env.reset(seed=seed, options={"task": task})
+    for _ in range(sim.HORIZON):
+        if film is not None:
+            film.append(obs["image"])
+        obs, _, _, _, info = env.step(policy.act(obs))
+    return {"success": bool(info["success"]), "final_distance": round(info["distance"], 5),
+            "distractor_displacement": round(info["distractor_displacement"], 5)}
+
+
+# Workers --------------------------------------------------------------------------------------
+
+def _start_worker(checkpoint):
+    global _model
+    torch.set_num_threads(1)  # more would fight over the cores of the other workers
+    _model = checkpoint and load_model(checkpoint)[0]
+
+
+def _run_task(job):
+    """All trials of one task with one number of shots: rows, and frames (demo, rollout) when filmed."""
+    policy_name, split, index, trials, seed, demos, demo_seed, filmed = job
+    task, env = sim.make_task(split, index), sim.PushEnv(render=policy_name in ("tecnets", "no-demo") or filmed)
+    demos = [record_demo(env, task, [demo_seed, sim.SPLITS.index(split), index, demo], 1 if demo % 2 else -1)
+             if isinstance(demo, int) else demo for demo in demos]
+    policy = {"tecnets": lambda: TecNetsPolicy(_model), "no-demo": lambda: NoDemoPolicy(_model),
+              "expert": lambda: ExpertPolicy(env), "random": lambda: RandomPolicy([seed, index])}[policy_name]()
+    policy.adapt(demos)
+    rows, film = [], [] if filmed else None
+    for trial in range(trials):
+        trial_seed = int(np.random.default_rng([seed, sim.SPLITS.index(split), index, trial]).integers(2 ** 31))
+        rows.append({"task": index, "trial": trial,
+                     **rollout(env, policy, task, trial_seed, film if trial == 0 else None)})
+    env.close()
+    return index, rows, filmed and ([demo["frames"] for demo in demos[:1]], film)
+
+
+def run_trials(policy, split, tasks, trials, shots, seed, workers, checkpoint=None, data=None, films=0, on_film=None):
+    """The rows of tasks x trials for one number of shots, sorted by task and trial.
+
+    Demonstrations are a seeded choice of a task's, from the TaskSet `data` or, without one, recorded.
+    """
+    jobs = []
+    demo_seed, n_demos = (data.manifest["seed"], data.n_demos) if data else (0, FULL_DATA["demos"])
+    if shots > n_demos:
+        raise UserError(f"{shots} shots need as many demonstrations, a task has {n_demos}: lower --shots")
+    for index in range(tasks):
+        chosen = np.random.default_rng([seed, index]).permutation(n_demos)[:shots].tolist()
+        filmed = index < films
+        if data:
+            times = range(data.horizon) if filmed else (0, data.horizon - 1)
+            chosen = [{"frames": np.stack([data.frame(index, demo, time_) for time_ in times])} for demo in chosen]
+        jobs.append((policy, split, index, trials, seed, chosen, demo_seed, filmed))
+    rows, start = [], time.monotonic()
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(min(workers, tasks), _start_worker, (checkpoint,)) as pool:
+        for index, task_rows, film in pool.imap_unordered(_run_task, jobs):
+            rows += task_rows
+            if film and on_film:
+                on_film(index, task_rows[0]["success"], *film)
+            seconds = time.monotonic() - start
+            progress(f"{policy}, {shots} shots: {len(rows)}/{tasks * trials} trials, "
+                     f"{100 * sum(row['success'] for row in rows) / len(rows):.1f} % success, "
+                     f"{seconds / len(rows) * (tasks * trials - len(rows)):.0f} s left", end=len(rows) == tasks * trials)
+    return sorted(rows, key=lambda row: (row["task"], row["trial"]))
+
+
+# Results --------------------------------------------------------------------------------------
+
+def wilson(successes, trials, z=1.959964):
+    """The Wilson 95 % interval of a success rate: (low, high)."""
+    rate, spread = successes / trials, z * z / trials
+    centre = (rate + spread / 2) / (1 + spread)
+    half = z / (1 + spread) * math.sqrt(rate * (1 - rate) / trials + spread / trials / 4)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def summary(policy, split, shots, seed, rows, seconds):
+    """One entry of results.json."""
+    successes, n = sum(row["success"] for row in rows), len(rows)
+    return {"policy": policy, "split": split, "shots": shots, "n_tasks": len({row["task"] for row in rows}),
+            "n_trials": n, "successes": successes, "success_rate": successes / n,
+            "ci95": list(wilson(successes, n)),
+            "strict_success_rate": sum(row["final_distance"] < sim.STRICT_DISTANCE for row in rows) / n,
+            "distractor_moved_rate": sum(row["distractor_displacement"] > sim.MOVED_DISTANCE for row in rows) / n,
+            "seconds": round(seconds, 1), "seed": seed, "trials": rows}
+
+
+def table(results):
+    """The results as lines of text."""
+    lines = [f"{'policy':10} {'shots':>5} {'trials':>6}  {'success %':>9}  {'95 % interval':>13}  "
+             f"{'final < 5 cm':>12}  {'distractor moved':>16}"]
+    for r in results:
+        low, high = r["ci95"]
+        interval = f"{100 * low:.1f} - {100 * high:.1f}"
+        lines.append(f"{r['policy']:10} {r['shots']:5} {r['n_trials']:6}  {100 * r['success_rate']:9.1f}  {interval:>13}  "
+                     f"{100 * r['strict_success_rate']:12.1f}  {100 * r['distractor_moved_rate']:16.1f}")
+    return "\n".join(lines)
+
+
+def save_gif(path, demo, film, success):
+    """The demonstration, if there is one, beside the rollout, framed green or red; 10 frames a second."""
+    pictures = []
+    for time_ in range(0, sim.HORIZON, 2):
+        parts = [*(frames[time_] for frames in demo), film[time_]]
+        picture = Image.fromarray(np.concatenate(parts, 1)).resize((250 * len(parts), 250), Image.Resampling.NEAREST)
+        draw = ImageDraw.Draw(picture)
+        if demo:
+            draw.text((6, 4), "demonstration", "black")
+        left = 250 * (len(parts) - 1)
+        draw.rectangle((left, 0, left + 249, 249), outline="green" if success else "red", width=3)
+        draw.text((left + 6, 4), f"rollout {'succeeds' if success else 'fails'}", "black")
+        pictures.append(picture)
+    write_atomically(path, lambda file: pictures[0].save(
+        file, "gif", save_all=True, append_images=pictures[1:], duration=100, loop=0))
+
+
+def main():
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", default="runs/ours/best.pt", help="for tecnets and no-demo")
+    parser.add_argument("--data", default="data/push", help="data set to take demonstrations from, if it is there")
+    parser.add_argument("--split", choices=sim.SPLITS, default="test")
+    parser.add_argument("--tasks", type=number(int, 1), default=74, help="the first tasks of the split")
+    parser.add_argument("--trials", type=number(int, 1), default=6, help="trials a task")
+    parser.add_argument("--shots", type=number(int, 1), nargs="+", default=[1, 5], help="demonstrations a task")
+    parser.add_argument("--seed", type=number(int, 0), default=0, help="of the trials and the choice of demonstrations")
+    parser.add_argument("--workers", type=number(int, 1), default=os.cpu_count(), help="processes")
+    parser.add_argument("--policy", choices=POLICIES, default="tecnets", help="no-demo: a zero sentence")
+    parser.add_argument("--out", required=True, help="folder of results.json and the GIFs")
+    parser.add_argument("--gif", type=number(int, 0), default=0, help="film the first trial of this many tasks")
+    args = parser.parse_args()
+    learned, out = args.policy in ("tecnets", "no-demo"), Path(args.out)
+    if (out / "results.json").exists():
+        raise UserError(f"{out}/results.json exists: choose another --out, or delete it")
+    out.mkdir(parents=True, exist_ok=True)
+    if learned:
+        load_model(args.checkpoint)  # a bad one is told here, in one line
+    data, results = None, []
+    if args.policy == "tecnets":
+        if (Path(args.data) / "manifest.json").exists():
+            data = TaskSet(args.data, args.split, args.tasks)
+        else:
+            print(f"no data set in {args.data}: recording the demonstrations on the fly")
+    for shots in args.shots if args.policy == "tecnets" else [0]:
+        def on_film(index, success, demo, film):
+            save_gif(out / f"task{index:02d}-shots{shots}.gif", demo, film, success)
+
+        start = time.monotonic()
+        rows = run_trials(args.policy, args.split, args.tasks, args.trials, shots, args.seed, args.workers,
+                          args.checkpoint if learned else None, data, args.gif, on_film)
+        results.append(summary(args.policy, args.split, shots, args.seed, rows, time.monotonic() - start))
+        write_atomically(out / "results.json", lambda file: file.write(json.dumps(
+            {"checkpoint": args.checkpoint if learned else None, "results": results}, indent=1).encode()))
+    print(table(results))
+
+
+if __name__ == "__main__":
+    command(main)

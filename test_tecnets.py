@@ -1,0 +1,467 @@
+"""Tests: values worked out by hand or by a slow independent formulation, and the promises of the README."""
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import data
+import evaluate
+import sim
+import train
+from tecnets import ControlNet, Settings, TecNets, embedding_loss, sentence
+
+HERE = Path(__file__).parent
+COUNTS = {"train": 4, "val": 2, "test": 1}
+torch.set_num_threads(2)
+
+
+def run(*args, cwd, code=0):
+    """Run a program of this project as a user does."""
+    result = subprocess.run([sys.executable, HERE / args[0], *map(str, args[1:])], cwd=cwd,
+                            capture_output=True, text=True, timeout=200)
+    assert result.returncode == code, result.stderr
+    return result
+
+
+@pytest.fixture(scope="session")
+def data_set(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "push"
+    data.generate(folder, COUNTS, demos=4, seed=3, workers=2)
+    return folder
+
+
+def batch_of(B=5, K=2, Q=1, M=2, size=13, dtype=torch.float64):
+    """A random batch at a small image size."""
+    g = torch.Generator().manual_seed(0)
+    images = lambda *shape: torch.randint(0, 256, (*shape, size, size, 3), dtype=torch.uint8, generator=g)
+    return {"ends_U": images(B, K, 2), "ends_q": images(B, Q, 2), "images": images(B, 2, M),
+            "states": torch.randn(B, 2, M, 20, generator=g, dtype=dtype),
+            "actions": torch.randn(B, 2, M, 7, generator=g, dtype=dtype)}
+
+
+def small_model(**settings):
+    torch.manual_seed(0)
+    return TecNets(Settings(image_size=13, **settings)).double()
+
+
+def gradients(model, batch, chunk):
+    model.zero_grad()
+    losses = model.backward(batch, chunk)
+    return losses, {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+# The method -----------------------------------------------------------------------------------
+
+def test_sentence_by_hand():
+    f = torch.tensor([[3.0, 0.0], [0.0, 1.0]])
+    torch.testing.assert_close(sentence(f), torch.tensor([3, 1]) / 10 ** 0.5)
+    torch.testing.assert_close(sentence(f, "norm-mean-norm"), torch.tensor([1, 1]) / 2 ** 0.5)
+
+
+def test_sentence_is_normalised_per_task():
+    f = torch.tensor([[[3.0, 0.0]], [[0.0, 0.5]]])  # 2 tasks, 1 demo each
+    torch.testing.assert_close(sentence(f), torch.eye(2))
+    torch.testing.assert_close(sentence(f[:1]), sentence(f)[:1])
+
+
+@pytest.mark.parametrize("negatives, normalise, loss, accuracy", [
+    ("queries", False, 0.15, 0.5), ("queries", True, 0.0, 1.0), ("sentences", False, 0.0, 1.0)])
+def test_embedding_loss_by_hand(negatives, normalise, loss, accuracy):
+    s_U = sentence(torch.tensor([[[2.0, 0.0]], [[0.0, 3.0]]]))
+    s_q = torch.tensor([[[1.0, 0.5]], [[0.2, 0.3]]])
+    s_q = F.normalize(s_q, dim=-1) if normalise else s_q
+    got = embedding_loss(s_U, s_q, 0.1, negatives)
+    assert got[0].item() == pytest.approx(loss) and got[1].item() == accuracy
+
+
+@pytest.mark.parametrize("negatives", ["sentences", "queries"])
+def test_embedding_loss_against_loops(negatives):
+    g = torch.Generator().manual_seed(1)
+    s_U, s_q = (F.normalize(torch.randn(*shape, generator=g), dim=-1) for shape in ((4, 3), (4, 2, 3)))
+    terms = [max(0.0, 0.3 - float(s_q[j, k] @ s_U[j])
+                 + float(s_q[j, k] @ s_U[i] if negatives == "sentences" else s_q[i, k] @ s_U[j]))
+             for j in range(4) for i in range(4) for k in range(2) if i != j]
+    assert embedding_loss(s_U, s_q, 0.3, negatives)[0].item() == pytest.approx(np.mean(terms), rel=1e-5)
+
+
+@pytest.mark.parametrize("normalise", [True, False])
+def test_norm_of_the_embedding_and_the_loss(normalise):
+    """A larger norm leaves the loss as it is with normalised queries, and changes it with raw ones."""
+    model, batch = small_model(normalise_queries=normalise), batch_of()
+    small = model.backward(batch)["loss_emb"].item()
+    with torch.no_grad():
+        for p in model.embedding_net.head[-1].parameters():
+            p *= 10
+    large = model.backward(batch)["loss_emb"].item()
+    assert (large == pytest.approx(small, rel=1e-9)) == normalise and small > 0
+
+
+@pytest.mark.parametrize("size", [13, 16, 125])
+def test_control_net_equals_the_tiled_formulation(size):
+    """Tiling the sentence to E planes gives the same actions and gradients, borders included."""
+    torch.manual_seed(0)
+    net = ControlNet(Settings(image_size=size)).double()
+    g = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (3, 2, size, size, 3), dtype=torch.uint8, generator=g)
+    states, s = torch.randn(3, 2, 20, generator=g, dtype=torch.float64), torch.randn(3, 20, generator=g, dtype=torch.float64)
+    s.requires_grad_()
+
+    def tiled():
+        planes = (images.flatten(0, 1).double() / 127.5 - 1).movedim(-1, 1)
+        planes = torch.cat([planes, s.repeat_interleave(2, 0)[..., None, None].expand(-1, -1, size, size)], 1)
+        return net.head(torch.cat([net.convolutions(planes), states.flatten(0, 1)], 1)).unflatten(0, (3, 2))
+
+    results = []
+    for actions in (tiled(), net(images, states, s)):
+        results.append([actions, *torch.autograd.grad(actions.square().sum(), [s, *net.parameters()])])
+    for plain, ours in zip(*results):
+        torch.testing.assert_close(ours, plain, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("chunk", [4, 7])
+def test_chunked_backward_equals_one_big_backward(chunk):
+    model, batch = small_model(), batch_of()
+    c = model.settings
+    f = model.embedding_net(torch.cat([batch["ends_U"], batch["ends_q"]], 1).flatten(0, 1)).unflatten(0, (5, 3))
+    s_U, s_q = sentence(f[:, :2]), F.normalize(f[:, 2:], dim=-1)
+    plain = c.lambda_emb * embedding_loss(s_U, s_q, c.margin)[0]
+    for i, weight in enumerate((c.lambda_U, c.lambda_q)):
+        prediction = model.control_net(batch["images"][:, i], batch["states"][:, i], s_U)
+        plain = plain + weight * (prediction - batch["actions"][:, i]).square().mean()
+    expected = dict(zip(dict(model.named_parameters()), torch.autograd.grad(plain, list(model.parameters()))))
+    losses, got = gradients(model, batch, chunk)
+    assert losses["loss"].item() == pytest.approx(plain.item(), rel=1e-9)
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name], rtol=1e-8, atol=1e-10, msg=name)
+
+
+def test_control_loss_trains_the_embedding_net():
+    model = small_model(lambda_emb=0.0)
+    _, got = gradients(model, batch_of(), 256)
+    assert all(grad.abs().max() > 0 for name, grad in got.items() if name.startswith("embedding_net"))
+
+
+def test_architecture_of_the_official_code():
+    model = TecNets()
+    count = lambda module: sum(p.numel() for p in module.parameters())
+    convolutions = lambda planes: 25 * 16 * (planes + 3 * 16) + 4 * 16 + 4 * 2 * 16
+    layers = lambda n, out: (n + 1) * 200 + 2 * 201 * 200 + 201 * out
+    assert count(model.embedding_net) == convolutions(6) + layers(8 * 8 * 16, 20)
+    assert count(model.control_net) == convolutions(23) + layers(8 * 8 * 16 + 20, 7)
+
+
+def test_bfloat16_gives_nearly_the_same_gradient():
+    torch.manual_seed(0)
+    model, batch = TecNets(), batch_of(B=4, size=125, dtype=torch.float32)
+    _, exact = gradients(model, batch, 256)
+    model.bfloat16 = True
+    _, rounded = gradients(model, batch, 256)
+    flat = [torch.cat([g.flatten() for g in grads.values()]) for grads in (exact, rounded)]
+    assert F.cosine_similarity(*flat, dim=0) > 0.99
+
+
+def test_act_is_the_prediction_for_one_observation():
+    model, batch = small_model().float().eval(), batch_of(dtype=torch.float32)
+    s = model.embed(batch["ends_U"])
+    expected = model.predict(batch["images"][:, 1], batch["states"][:, 1], s)[3, 1]
+    torch.testing.assert_close(model.act(batch["images"][3, 1, 1], batch["states"][3, 1, 1], s[3]), expected)
+
+
+# The simulator --------------------------------------------------------------------------------
+
+def test_splits_share_no_mesh_and_pairs_are_swapped():
+    used = {split: {body.mesh_id for i in range(800) for task in [sim.make_task(split, i)]
+                    for body in (task.target, task.distractor)} for split in sim.SPLITS}
+    assert not used["train"] & used["val"] and not used["train"] & used["test"] and not used["val"] & used["test"]
+    for index in range(0, 20, 2):
+        a, b = sim.make_task("test", index), sim.make_task("test", index + 1)
+        assert (a.target, a.distractor) == (b.distractor, b.target) and a == sim.make_task("test", index) != b
+
+
+def test_start_ranges():
+    env = sim.PushEnv(render=False)
+    for seed in range(30):
+        side = (-1, 1)[seed % 2]
+        env.reset(seed=seed, options={"task": sim.make_task("train", seed), "side": side})
+        target, distractor = env.target_position[:2], env.distractor_position[:2]
+        for x, y in (target, distractor):
+            assert -0.3 <= x <= 0 and abs(y) <= 0.2 and math.hypot(x, y) > 0.17
+        assert np.sign(target[1]) == side == -np.sign(distractor[1])
+        assert np.linalg.norm(target - distractor) > 0.1 and np.abs(env.dq).max() <= 0.005
+    env.close()
+
+
+@pytest.fixture(scope="module")
+def expert_trials():
+    """Success, joint speeds and lowest object height of the expert on a few test tasks."""
+    env, results = sim.PushEnv(render=False), []
+    for index in range(8):
+        env.reset(seed=index, options={"task": sim.make_task("test", index)})
+        speeds, heights = [], []
+        for _ in range(sim.HORIZON):
+            *_, truncated, info = env.step(sim.expert_action(env))
+            speeds.append(np.abs(env.dq).max())
+            heights.append(min(env.target_position[2], env.distractor_position[2]))
+        assert truncated
+        results.append((info["success"], max(speeds), min(heights)))
+    env.close()
+    return np.array(results)
+
+
+def test_expert_solves_tasks(expert_trials):
+    assert expert_trials[:, 0].all()
+
+
+def test_joint_speeds_and_objects_stay_bounded(expert_trials):
+    assert expert_trials[:, 1].max() < 3 and expert_trials[:, 2].min() > 0
+
+
+def test_random_actions_solve_nothing():
+    rows = evaluate.run_trials("random", "test", tasks=4, trials=2, shots=0, seed=0, workers=2)
+    assert len(rows) == 8 and not any(row["success"] for row in rows)
+
+
+def test_an_episode_depends_on_task_and_seed_only():
+    def states(env, index, steps=30):
+        obs, _ = env.reset(seed=5, options={"task": sim.make_task("train", index)})
+        rng = np.random.default_rng(0)
+        return np.stack([obs["state"]] + [env.step(rng.uniform(-1, 1, 7))[0]["state"] for _ in range(steps)])
+    one, other = sim.PushEnv(render=False), sim.PushEnv()
+    first = states(one, 0)
+    states(other, 1)
+    assert (states(other, 0) == first).all()  # after another task, beside another client, with rendering
+    one.close()
+    other.close()
+
+
+def test_the_picture_belongs_to_the_state_and_is_complete(monkeypatch):
+    """Same picture as drawn anew, with every link of the arm and the table behind it."""
+    def film(seed):
+        env = sim.PushEnv()
+        obs, _ = env.reset(seed=seed, options={"task": sim.make_task("train", seed)})
+        frames = [obs["image"]]
+        for _ in range(40):
+            frames.append(env.step(sim.expert_action(env))[0]["image"])
+        return env, np.stack(frames)
+    env, frames = film(1)
+    assert frames.dtype == np.uint8 and frames.shape == (41, 125, 125, 3)
+    assert (env._image() == frames[-1]).all() and (frames[-1] != frames[-2]).any()
+    client, n = env.client, 125
+    table = client.createVisualShape(client.GEOM_BOX, halfExtents=(2, 2, 0.01), rgbaColor=(*sim.TABLE_RGB, 1))
+    client.createMultiBody(0, -1, table, (0, 0, -0.01))
+    disc = client.createVisualShape(client.GEOM_CYLINDER, radius=sim.GOAL_RADIUS, length=0.001,
+                                    rgbaColor=(*sim.GOAL_RGB, 1))
+    client.createMultiBody(0, -1, disc, (0, 0, 0.001))
+    pixels, body = sim._camera(client, 2 * n)
+    whole = pixels.view(np.uint8).reshape(n, 2, n, 2, 4)[..., :3].mean((1, 3))
+    assert body.all() and np.abs(whole - frames[-1]).max() <= 0.5
+    env.close()
+    monkeypatch.setattr(sim, "DRAWN_LINKS", range(8))
+    sim._arm_urdf.cache_clear()
+    env, everything = film(1)
+    env.close()
+    sim._arm_urdf.cache_clear()
+    assert (everything == frames).all()
+
+
+@pytest.mark.parametrize("action", [[0] * 6, [math.nan] * 7])
+def test_bad_actions(action):
+    env = sim.PushEnv(render=False)
+    env.reset(seed=0, options={"task": sim.make_task("train", 0)})
+    with pytest.raises(ValueError, match="7 finite numbers"):
+        env.step(action)
+    env.close()
+
+
+# The data -------------------------------------------------------------------------------------
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_data_are_the_same_for_one_worker_and_after_a_kill(data_set, tmp_path):
+    folder = tmp_path / "push"
+    command = [sys.executable, HERE / "data.py", "--out", folder, "--demos", "4", "--seed", "3", "--workers", "1",
+               *(word for split, n in COUNTS.items() for word in (f"--{split}", str(n)))]
+    process = subprocess.Popen(command, start_new_session=True)
+    while len(list(folder.glob("*/*.npz"))) < 2:
+        time.sleep(0.05)
+        assert process.poll() is None
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    first = min(folder.glob("*/*.npz"), key=lambda path: path.stat().st_mtime)
+    written = first.stat().st_mtime_ns
+    subprocess.run(command, check=True, capture_output=True)
+    assert contents(folder).keys() == contents(data_set).keys()
+    assert all(contents(folder)[name] == bytes_ for name, bytes_ in contents(data_set).items() if name.endswith("npz"))
+    assert first.stat().st_mtime_ns == written
+
+
+def test_demonstrations(data_set):
+    tasks = data.TaskSet(data_set, "train")
+    assert tasks.states.shape == (4, 4, 100, 20) and tasks.actions.shape == (4, 4, 100, 7)
+    env = sim.PushEnv()
+    demo = list(data.task_demos(env, sim.make_task("train", 2), 2, seed=3))[1]
+    env.close()
+    assert (tasks.states[2, 1] == demo["states"]).all() and (tasks.actions[2, 1] == demo["actions"]).all()
+    assert all((tasks.frame(2, 1, t) == demo["frames"][t]).all() for t in (0, 1, 57, 99))
+    assert (tasks.ends[2, 1] == demo["frames"][[0, 99]]).all()
+    mean, std = tasks.state_statistics()
+    np.testing.assert_allclose(mean, tasks.states.mean((0, 1, 2), dtype=np.float64), rtol=1e-5, atol=1e-6)
+    assert (std[17:] == data.STATE_STD_FLOOR).all()  # the goal never moves
+
+
+def test_loader(data_set):
+    tasks = data.TaskSet(data_set, "train")
+    loader = data.TaskLoader(tasks, B=3, K=2, Q=1, F=3, seed=0)
+    for _ in range(20):
+        b = next(loader)
+        for i, task in enumerate(b["tasks"]):
+            support, query = set(b["demos"][i, :2]), set(b["demos"][i, 2:])
+            assert len(support) == 2 and len(query) == 1 and not support & query
+            assert set(b["control_demos"][i, 0]) <= support and set(b["control_demos"][i, 1]) <= query
+            assert (b["ends_q"][i, 0] == tasks.ends[task, b["demos"][i, 2]]).all()
+            for side, k in np.ndindex(2, 3):
+                at = task, b["control_demos"][i, side, k], b["times"][i, side, k]
+                assert (b["images"][i, side, k] == tasks.frame(*at)).all()
+                assert (b["states"][i, side, k] == tasks.states[at]).all()
+                assert (b["actions"][i, side, k] == tasks.actions[at]).all()
+        assert len(set(b["tasks"])) == 3
+    state, expected = loader.state_dict(), next(loader)
+    fresh = data.TaskLoader(tasks, B=3, K=2, Q=1, F=3, seed=9)
+    fresh.load_state_dict(state)
+    got = next(fresh)
+    assert all((got[name] == expected[name]).all() for name in expected)
+
+
+# Training and evaluation ----------------------------------------------------------------------
+
+TINY = ("--batch", 3, "--samples", 1, "--steps", 60, "--validate-every", 20, "--validation-batches", 1)
+
+
+@pytest.fixture(scope="session")
+def trained(data_set, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    run("train.py", "--data", data_set, "--name", "whole", *TINY, cwd=folder)
+    return folder / "runs" / "whole"
+
+
+def log_without_seconds(folder):
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+def test_training_lowers_the_loss(trained):
+    rows = [row for row in log_without_seconds(trained) if "loss_q" in row]
+    assert rows[-1]["step"] == 60 and rows[-1]["loss_q"] < rows[0]["loss_q"]
+
+
+def test_interrupted_training_equals_uninterrupted(data_set, trained, tmp_path):
+    command = [sys.executable, HERE / "train.py", "--name", "cut"]
+    process = subprocess.Popen([*command, "--data", data_set, *map(str, TINY)], cwd=tmp_path, text=True,
+                               stdout=subprocess.PIPE)
+    process.stdout.readline()  # says that it begins
+    time.sleep(2)
+    process.send_signal(signal.SIGTERM)
+    process.wait(timeout=5)
+    run("train.py", "--name", "cut", "--resume", cwd=tmp_path)
+    assert log_without_seconds(tmp_path / "runs" / "cut") == log_without_seconds(trained)
+    cut, whole = (train.load_checkpoint(folder / "last.pt")["model"] for folder in (tmp_path / "runs" / "cut", trained))
+    assert all(torch.equal(cut[name], whole[name]) for name in whole)
+
+
+def test_evaluation_depends_on_the_seed_only(data_set, trained, tmp_path):
+    arguments = ("--checkpoint", trained / "best.pt", "--tasks", 1, "--trials", 2, "--shots", 1, 2)
+    for workers in (1, 2):
+        run("evaluate.py", *arguments, "--data", data_set, "--workers", workers, "--out", tmp_path / str(workers),
+            "--gif", 1, cwd=tmp_path)
+    one, two = (json.loads((tmp_path / name / "results.json").read_text())["results"] for name in ("1", "2"))
+    assert [r["trials"] for r in one] == [r["trials"] for r in two] and [r["shots"] for r in one] == [1, 2]
+    assert one[0]["n_trials"] == 2 and len(list((tmp_path / "1").glob("*.gif"))) == 2
+    with evaluate.Image.open(tmp_path / "1" / "task00-shots1.gif") as gif:
+        assert gif.n_frames > 10 and gif.size == (500, 250)
+
+
+def test_demonstrations_on_the_fly_are_those_of_the_data_set(monkeypatch):
+    """The demo that a trial records itself has the key of the one that data.py would write."""
+    env, task = sim.PushEnv(render=False), sim.make_task("test", 0)
+    stored = list(data.task_demos(env, task, 3, seed=0))[2]
+    got = data.record_demo(env, task, [0, sim.SPLITS.index("test"), 0, 2], -1)
+    env.close()
+    assert (got["states"] == stored["states"]).all()
+
+
+def test_wilson_interval():
+    assert evaluate.wilson(9, 10) == pytest.approx((0.5958, 0.9821), abs=1e-4)
+    assert evaluate.wilson(0, 444)[0] == 0 and evaluate.wilson(444, 444)[1] == 1
+
+
+# Bad input ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("arguments, message", [
+    (("data.py", "--out", "{tmp}/d", "--demos", 1), "1 is not within 2"),
+    (("data.py", "--out", "{data}", "--demos", 7), "other settings"),
+    (("data.py",), "--out"),
+    (("train.py", "--data", "{data}", "--support", 3, "--query", 2, "--batch", 2), "K + Q = 3 + 2"),
+    (("train.py", "--data", "{data}", "--batch", 9), "lower --batch"),
+    (("train.py", "--data", "{data}", "--tasks", 9), "4 train tasks, not 9"),
+    (("train.py", "--data", "{data}", "--batch", 2, "--lr", 2), "--lr"),
+    (("train.py", "--data", "{data}", "--batch", 2, "--device", "cuda"), "--device cpu"),
+    (("train.py", "--data", "{data}", "--batch", 2, "--support-mean", "none"), "mean-norm"),
+    (("train.py", "--data", "{data}", "--batch", 2, "--schedule", "none"), "one-cycle"),
+    (("train.py", "--data", "{broken}", "--batch", 2), "00001.npz is damaged"),
+    (("train.py", "--data", "{missing}", "--batch", 2), "00001.npz is missing"),
+    (("train.py", "--resume", "--name", "none"), "no checkpoint"),
+    (("train.py", "--data", "/proc/none"), "/proc/none"),
+    (("evaluate.py", "--out", "{tmp}/e", "--checkpoint", "none.pt"), "no checkpoint none.pt"),
+    (("evaluate.py", "--out", "{tmp}/e", "--checkpoint", "{data}/manifest.json"), "not a checkpoint"),
+    (("evaluate.py", "--out", "{tmp}/e", "--policy", "expert", "--tasks", 0), "0 is not within 1"),
+    (("evaluate.py", "--out", "/proc/none", "--policy", "expert"), "/proc/none"),
+    (("evaluate.py", "--out", "{run}", "--policy", "expert"), "results.json exists"),
+])
+def test_bad_input_is_one_line(arguments, message, data_set, tmp_path):
+    import shutil
+    places = {"tmp": tmp_path, "data": data_set, "run": tmp_path / "run", "broken": tmp_path / "broken",
+              "missing": tmp_path / "missing"}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "results.json").write_text("{}")
+    words = [str(word).format(**places) for word in arguments]
+    for name in ("broken", "missing"):
+        if any("{" + name + "}" in str(word) for word in arguments):
+            shutil.copytree(data_set, places[name])
+            path = data.task_path(places[name], "train", 1)
+            content = bytearray(path.read_bytes())
+            content[len(content) // 2] ^= 1
+            path.unlink() if name == "missing" else path.write_bytes(content)
+    result = run(*words, cwd=tmp_path, code=2)
+    assert message in result.stderr and result.stderr.count("\n") == 1, result.stderr
+
+
+def test_a_data_set_that_is_being_written_is_left_alone(data_set):
+    import fcntl
+    with open(data_set / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(data.UserError, match="another process"):
+            data.generate(data_set, COUNTS, demos=4, seed=3)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(data_set, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder, preset, resume, given = train.parse(["--data", str(data_set), "--name", "bad", *map(str, TINY)])
+    options = {**{name: default for name, (_, default, _) in train.OPTIONS.items()}, **given, "bfloat16": 0}
+    folder.mkdir(parents=True)
+    job = train.Run(folder, options, *train.open_data(options, preset))
+    job.model.control_net.head[-1].bias.data[0] = math.inf
+    before = {name: p.clone() for name, p in job.model.named_parameters()}
+    with pytest.raises(data.UserError, match="step 1: .* not finite"):
+        job.train(stop=lambda: False)
+    assert all(torch.equal(p, before[name]) for name, p in job.model.named_parameters())
