@@ -1,7 +1,9 @@
 """Tests: values worked out by hand or by a slow independent formulation, and the promises of the README."""
+import fcntl
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -365,18 +367,33 @@ def test_training_lowers_the_loss(trained):
     assert rows[-1]["step"] == 60 and rows[-1]["loss_q"] < rows[0]["loss_q"]
 
 
-def test_interrupted_training_equals_uninterrupted(data_set, trained, tmp_path):
-    command = [sys.executable, HERE / "train.py", "--name", "cut"]
-    process = subprocess.Popen([*command, "--data", data_set, *map(str, TINY)], cwd=tmp_path, text=True,
-                               stdout=subprocess.PIPE)
-    process.stdout.readline()  # says that it begins
-    time.sleep(2)
-    process.send_signal(signal.SIGTERM)
-    process.wait(timeout=5)
+def start_run(data_set, name):
+    """A training run in this process, in runs/NAME of the current folder."""
+    folder, preset, _, given = train.parse(["--data", str(data_set), "--name", name, *map(str, TINY)])
+    options = {**{key: default for key, (_, default, _) in train.OPTIONS.items()},
+               "bfloat16": int(train.has_bfloat16("cpu")), **given}
+    folder.mkdir(parents=True)
+    return train.Run(folder, options, *train.open_data(options, preset))
+
+
+def test_interrupted_training_equals_uninterrupted(data_set, trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    job = start_run(data_set, "cut")
+    job.train(stop=lambda: job.step == 23)
     run("train.py", "--name", "cut", "--resume", cwd=tmp_path)
     assert log_without_seconds(tmp_path / "runs" / "cut") == log_without_seconds(trained)
     cut, whole = (train.load_checkpoint(folder / "last.pt")["model"] for folder in (tmp_path / "runs" / "cut", trained))
     assert all(torch.equal(cut[name], whole[name]) for name in whole)
+
+
+def test_a_terminated_run_saves_and_says_how_to_go_on(data_set, tmp_path):
+    process = subprocess.Popen([sys.executable, HERE / "train.py", "--data", data_set, *map(str, TINY), "--steps", "9999"],
+                               cwd=tmp_path, text=True, stdout=subprocess.PIPE)
+    process.stdout.readline()  # says that it begins
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    assert "--resume" in process.communicate(timeout=5)[0] and process.returncode == 128 + signal.SIGTERM
+    assert 0 < train.load_checkpoint(tmp_path / "runs" / "ours" / "last.pt")["step"] < 9999
 
 
 def test_evaluation_depends_on_the_seed_only(data_set, trained, tmp_path):
@@ -391,7 +408,7 @@ def test_evaluation_depends_on_the_seed_only(data_set, trained, tmp_path):
         assert gif.n_frames > 10 and gif.size == (500, 250)
 
 
-def test_demonstrations_on_the_fly_are_those_of_the_data_set(monkeypatch):
+def test_demonstrations_on_the_fly_are_those_of_the_data_set():
     """The demo that a trial records itself has the key of the one that data.py would write."""
     env, task = sim.PushEnv(render=False), sim.make_task("test", 0)
     stored = list(data.task_demos(env, task, 3, seed=0))[2]
@@ -429,7 +446,6 @@ def test_wilson_interval():
     (("evaluate.py", "--out", "{run}", "--policy", "expert"), "results.json exists"),
 ])
 def test_bad_input_is_one_line(arguments, message, data_set, tmp_path):
-    import shutil
     places = {"tmp": tmp_path, "data": data_set, "run": tmp_path / "run", "broken": tmp_path / "broken",
               "missing": tmp_path / "missing"}
     (tmp_path / "run").mkdir()
@@ -447,7 +463,6 @@ def test_bad_input_is_one_line(arguments, message, data_set, tmp_path):
 
 
 def test_a_data_set_that_is_being_written_is_left_alone(data_set):
-    import fcntl
     with open(data_set / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(data.UserError, match="another process"):
@@ -456,10 +471,7 @@ def test_a_data_set_that_is_being_written_is_left_alone(data_set):
 
 def test_a_loss_that_is_not_finite_stops_the_run(data_set, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    folder, preset, resume, given = train.parse(["--data", str(data_set), "--name", "bad", *map(str, TINY)])
-    options = {**{name: default for name, (_, default, _) in train.OPTIONS.items()}, **given, "bfloat16": 0}
-    folder.mkdir(parents=True)
-    job = train.Run(folder, options, *train.open_data(options, preset))
+    job = start_run(data_set, "bad")
     job.model.control_net.head[-1].bias.data[0] = math.inf
     before = {name: p.clone() for name, p in job.model.named_parameters()}
     with pytest.raises(data.UserError, match="step 1: .* not finite"):
