@@ -395,7 +395,10 @@ class PushEnv:
 # The scripted expert. Every phase can be read from the picture and the state, so that it can be cloned.
 TRAVEL_HEIGHT, PUSH_HEIGHT = 0.118, 0.022  # of the fork
 TRAVEL_SPEED, PUSH_SPEED = 0.45, 0.20  # m/s
-STOP_DISTANCE = 0.015
+STOP_DISTANCE = 0.015  # of the target from the goal
+PUSH_FORCE, PUSH_GAIN, MAX_FORCE = 4.0, 50.0, 14.0  # N, N s/m, N: the more, the more the push lags
+JOINT_GAIN = 14.0  # 1/s, of the joint velocities' error
+POSTURE = np.array([0, 1.4, 0, -1.5, 0, 0, 0])  # what the arm's spare degree of freedom tends to
 
 
 def expert_action(env):
@@ -416,28 +419,24 @@ def expert_action(env):
     along, lateral = (fork[:2] - target) @ ahead, (fork[:2] - target) @ aside
     facing = -rotation[:2, 0]
     yaw_error = np.arctan2(facing[0] * ahead[1] - facing[1] * ahead[0], facing @ ahead)
-
     force = np.zeros(2)
     if distance < STOP_DISTANCE:
         velocity, height, yaw_error = np.zeros(2), fork[2], 0.0
-    elif (fork[2] < 0.05 and -gap - 0.04 < along < 0 and abs(lateral) < 0.05 and abs(yaw_error) < 0.6):
+    elif fork[2] < 0.05 and -gap - 0.04 < along < 0 and abs(lateral) < 0.05 and abs(yaw_error) < 0.6:
         speed, height = min(PUSH_SPEED, 2 * distance + 0.02), PUSH_HEIGHT
         velocity = ahead * speed - 4 * lateral * aside
         force = ahead * np.clip(PUSH_FORCE + PUSH_GAIN * (speed - env.fork_velocity @ ahead), 0, MAX_FORCE)
     else:
         offset = behind - fork[:2]
         away = np.linalg.norm(offset)
-        height = np.clip(PUSH_HEIGHT + 2 * (away - 0.015) + 0.1 * max(0, abs(yaw_error) - 0.2), PUSH_HEIGHT, TRAVEL_HEIGHT)
+        height = PUSH_HEIGHT + 2 * (away - 0.015) + 0.1 * max(0, abs(yaw_error) - 0.2)
+        height = np.clip(height, PUSH_HEIGHT, TRAVEL_HEIGHT)
         speed = min(TRAVEL_SPEED, 4 * away) * np.clip(1 - (height - fork[2] - 0.02) / 0.03, 0, 1)
         velocity = offset / max(away, 1e-6) * speed
     twist = np.concatenate([velocity, [np.clip(8 * (height - fork[2]), -0.35, 0.35)],
                             4 * np.cross(rotation[:, 2], (0, 0, -1))])
     twist[5] = np.clip(5 * yaw_error, -3, 3)
     return _joint_control(env, twist, force)
-
-
-PUSH_FORCE, PUSH_GAIN, MAX_FORCE = 4.0, 50.0, 14.0
-GAIN = 14.0
 
 
 def _joint_control(env, twist, force):
@@ -448,11 +447,8 @@ def _joint_control(env, twist, force):
     posture = POSTURE - env.q
     speeds = inverse @ twist + (np.eye(7) - inverse @ jacobian) @ posture
     mass = np.array(env.client.calculateMassMatrix(env.arm, q))
-    torque = DAMPING * speeds + mass @ (GAIN * (speeds - env.dq)) + jacobian[:2].T @ force
+    torque = DAMPING * speeds + mass @ (JOINT_GAIN * (speeds - env.dq)) + jacobian[:2].T @ force
     return np.clip(torque / TORQUE, -1, 1)
-
-
-POSTURE = np.array([0, 1.4, 0, -1.5, 0, 0, 0])
 
 
 def _extent(body, rotation, direction):
