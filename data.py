@@ -16,7 +16,8 @@ import sys
 import time
 import zipfile
 import zlib
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +55,7 @@ def command(main):
         fail(error)
 
 
-def number(kind, low, high=float("inf")):
+def number(kind, low, high=1e9):
     """An argparse type: a number of a kind within [low, high]."""
     def parse(text):
         value = kind(text)
@@ -80,6 +81,22 @@ def progress(line, end=False):
         print(f"\r{line}\033[K", end="\n" if end else "", file=sys.stderr, flush=True)
 
 
+def parallel(function, jobs, workers, **options):
+    """Yield `function(job)` for all jobs as they finish, in fresh processes; `options` go to the executor.
+
+    Raises UserError if a process dies, as it does for lack of memory.
+    """
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max(1, min(workers, len(jobs))), mp_context=context, **options) as pool:
+        try:
+            for future in as_completed([pool.submit(function, job) for job in jobs]):
+                yield future.result()
+        except BrokenProcessPool:
+            raise UserError("a worker process died, perhaps for lack of memory: run the same command with fewer --workers")
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
 def write_atomically(path, write):
     """Call `write(file)` on a temporary file beside `path`, then give it its name."""
     temporary = Path(f"{path}.{os.getpid()}.tmp")
@@ -95,22 +112,23 @@ def write_atomically(path, write):
 
 # Recording ------------------------------------------------------------------------------------
 
-def record_demo(env, task, seed, side, noise=NOISE):
-    """A successful demonstration of `task`, its target starting on `side` (1 or -1).
+def record_demo(env, task, number_, seed):
+    """Demonstration number `number_` of a task: the target starts on alternate sides.
 
     The expert's action plus noise is executed, the clean action is recorded. An attempt that fails,
-    moves the distractor or leaves the target off the disc is redrawn; `seed` is a list of integers.
+    moves the distractor or leaves the target off the disc is redrawn, up to ATTEMPTS times.
     Returns a dict of `frames` (100, H, W, 3) uint8 (absent without rendering), `states` (100, 20)
-    and `actions` (100, 7) float32.
+    and `actions` (100, 7) float32; it depends on (task, number_, seed) only.
     """
     for attempt in range(ATTEMPTS):
-        rng = np.random.default_rng([*seed, attempt])
-        obs, info = env.reset(seed=int(rng.integers(2 ** 31)), options={"task": task, "side": side})
+        rng = np.random.default_rng([seed, sim.SPLITS.index(task.split), task.index, number_, attempt])
+        start = {"task": task, "side": 1 if number_ % 2 else -1}
+        obs, info = env.reset(seed=int(rng.integers(2 ** 31)), options=start)
         observations, actions = [], []
         for _ in range(sim.HORIZON):
             observations.append(obs)
             actions.append(sim.expert_action(env))
-            obs, _, _, _, info = env.step(actions[-1] + rng.normal(0, noise, sim.ACTION_DIM))
+            obs, _, _, _, info = env.step(actions[-1] + rng.normal(0, NOISE, sim.ACTION_DIM))
         clean = info["distance"] < sim.STRICT_DISTANCE and info["distractor_displacement"] < sim.MOVED_DISTANCE
         if info["success"] and (clean or attempt >= CLEAN_ATTEMPTS):
             demo = {"states": np.stack([o["state"] for o in observations]),
@@ -121,18 +139,12 @@ def record_demo(env, task, seed, side, noise=NOISE):
     raise RuntimeError(f"the expert failed {ATTEMPTS} times on {task}")
 
 
-def task_demos(env, task, count, seed):
-    """Yield the first `count` demonstrations of a task, the target on alternate sides."""
-    for number_ in range(count):
-        key = [seed, sim.SPLITS.index(task.split), task.index, number_]
-        yield record_demo(env, task, key, 1 if number_ % 2 else -1)
-
-
 def _write_task(job):
     folder, split, index, demos, seed = job
     env = sim.PushEnv()
     states, actions, frames = [], [], []
-    for demo in task_demos(env, sim.make_task(split, index), demos, seed):
+    for number_ in range(demos):
+        demo = record_demo(env, sim.make_task(split, index), number_, seed)
         states.append(demo["states"])
         actions.append(demo["actions"])
         frames += [zlib.compress(frame.tobytes(), 1) for frame in demo["frames"]]
@@ -165,9 +177,8 @@ def generate(folder, counts, demos, seed, workers=None):
                         image_size=sim.IMAGE_SIZE, tasks=counts)
         if (folder / "manifest.json").exists():
             old = read_manifest(folder)
-            counts = {split: max(counts[split], old["tasks"].get(split, 0)) for split in counts}
-            manifest["tasks"] = counts
-            if {**old, "tasks": counts} != manifest:
+            manifest["tasks"] = {split: max(counts.get(split, 0), old["tasks"].get(split, 0)) for split in sim.SPLITS}
+            if {**old, "tasks": manifest["tasks"]} != manifest:
                 raise UserError(f"{folder} holds data with other settings (seed {old['seed']}, {old['demos']} demos): "
                                 "give the same, or choose another --out")
         write_atomically(folder / "manifest.json",
@@ -177,11 +188,16 @@ def generate(folder, counts, demos, seed, workers=None):
         jobs = [(folder, split, index, demos, seed) for split in counts for index in range(counts[split])
                 if not task_path(folder, split, index).exists()]
         start = time.monotonic()
-        with multiprocessing.get_context("spawn").Pool(min(workers or os.cpu_count(), max(1, len(jobs)))) as pool:
-            for done, (split, index) in enumerate(pool.imap_unordered(_write_task, jobs), 1):
-                seconds = time.monotonic() - start
-                progress(f"{split} {index}: {done}/{len(jobs)} tasks, {done * demos * sim.HORIZON / seconds:.0f} "
-                         f"frames/s, {seconds / done * (len(jobs) - done) / 60:.1f} min left", end=done == len(jobs))
+        for done, (split, index) in enumerate(parallel(_write_task, jobs, workers or os.cpu_count()), 1):
+            seconds = time.monotonic() - start
+            progress(f"{split} {index}: {done}/{len(jobs)} tasks, {done * demos * sim.HORIZON / seconds:.0f} "
+                     f"frames/s, {seconds / done * (len(jobs) - done) / 60:.1f} min left", end=done == len(jobs))
+
+
+def data_command(folder, manifest):
+    """The command that makes or finishes a data set."""
+    tasks = " ".join(f"--{split} {count}" for split, count in manifest["tasks"].items())
+    return f"python data.py --out {folder} {tasks} --demos {manifest['demos']} --seed {manifest['seed']}"
 
 
 def read_manifest(folder):
@@ -213,8 +229,8 @@ class TaskSet:
         size, available = self.manifest["image_size"], self.manifest["tasks"].get(split, 0)
         count = available if tasks is None else tasks
         if count > available:
-            raise UserError(f"{folder} has {available} {split} tasks, not {count}: "
-                            f"add more with python data.py --out {folder} --{split} {count}")
+            raise UserError(f"{folder} has {available} {split} tasks, not {count}: add more with "
+                            f"{data_command(folder, {**self.manifest, 'tasks': {**self.manifest['tasks'], split: count}})}")
         self.frame_shape = (size, size, 3)
         self._frames, self._offsets, states, actions = [], [], [], []
         for index in range(count):
@@ -242,12 +258,12 @@ class TaskSet:
                 arrays = dict(archive)
             shapes = {name: arrays[name].shape for name in ("states", "actions", "offsets")}
         except FileNotFoundError:
-            raise UserError(f"{path} is missing: finish the data set with python data.py --out {path.parents[1]}")
+            raise UserError(f"{path} is missing: finish the data set with {data_command(path.parents[1], self.manifest)}")
         except (ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
             damaged, shapes = error, None
         if damaged or shapes != {"states": (demos, horizon, sim.STATE_DIM), "actions": (demos, horizon, sim.ACTION_DIM),
                                  "offsets": (demos * horizon + 1,)}:
-            raise UserError(f"{path} is damaged: delete it and run python data.py --out {path.parents[1]} again")
+            raise UserError(f"{path} is damaged: delete it and run {data_command(path.parents[1], self.manifest)}")
         return arrays
 
     def frame(self, task, demo, time_):

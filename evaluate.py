@@ -10,7 +10,6 @@ whatever the number of workers. Demonstrations come from the data set, or are re
 import argparse
 import json
 import math
-import multiprocessing
 import os
 import time
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch
 from PIL import Image, ImageDraw
 
 import sim
-from data import Parser, TaskSet, UserError, command, number, progress, record_demo, write_atomically
+from data import Parser, TaskSet, UserError, command, number, parallel, progress, record_demo, write_atomically
 from train import FULL_DATA, load_model
 
 POLICIES = ("tecnets", "expert", "random", "no-demo")
@@ -94,8 +93,7 @@ def _run_task(job):
     """All trials of one task with one number of shots: rows, and frames (demo, rollout) when filmed."""
     policy_name, split, index, trials, seed, demos, demo_seed, filmed = job
     task, env = sim.make_task(split, index), sim.PushEnv(render=policy_name in ("tecnets", "no-demo") or filmed)
-    demos = [record_demo(env, task, [demo_seed, sim.SPLITS.index(split), index, demo], 1 if demo % 2 else -1)
-             if isinstance(demo, int) else demo for demo in demos]
+    demos = [record_demo(env, task, demo, demo_seed) if isinstance(demo, int) else demo for demo in demos]
     policy = {"tecnets": lambda: TecNetsPolicy(_model), "no-demo": lambda: NoDemoPolicy(_model),
               "expert": lambda: ExpertPolicy(env), "random": lambda: RandomPolicy([seed, index])}[policy_name]()
     policy.adapt(demos)
@@ -125,16 +123,14 @@ def run_trials(policy, split, tasks, trials, shots, seed, workers, checkpoint=No
             chosen = [{"frames": np.stack([data.frame(index, demo, time_) for time_ in times])} for demo in chosen]
         jobs.append((policy, split, index, trials, seed, chosen, demo_seed, filmed))
     rows, start = [], time.monotonic()
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(min(workers, tasks), _start_worker, (checkpoint,)) as pool:
-        for index, task_rows, film in pool.imap_unordered(_run_task, jobs):
-            rows += task_rows
-            if film and on_film:
-                on_film(index, task_rows[0]["success"], *film)
-            seconds = time.monotonic() - start
-            progress(f"{policy}, {shots} shots: {len(rows)}/{tasks * trials} trials, "
-                     f"{100 * sum(row['success'] for row in rows) / len(rows):.1f} % success, "
-                     f"{seconds / len(rows) * (tasks * trials - len(rows)):.0f} s left", end=len(rows) == tasks * trials)
+    for index, task_rows, film in parallel(_run_task, jobs, workers, initializer=_start_worker, initargs=(checkpoint,)):
+        rows += task_rows
+        if film and on_film:
+            on_film(index, task_rows[0]["success"], *film)
+        left = tasks * trials - len(rows)
+        progress(f"{policy}, {shots} shots: {len(rows)}/{tasks * trials} trials, "
+                 f"{100 * sum(row['success'] for row in rows) / len(rows):.1f} % success, "
+                 f"{(time.monotonic() - start) / len(rows) * left:.0f} s left", end=not left)
     return sorted(rows, key=lambda row: (row["task"], row["trial"]))
 
 
@@ -222,8 +218,8 @@ def main():
         rows = run_trials(args.policy, args.split, args.tasks, args.trials, shots, args.seed, args.workers,
                           args.checkpoint if learned else None, data, args.gif, on_film)
         results.append(summary(args.policy, args.split, shots, args.seed, rows, time.monotonic() - start))
-        write_atomically(out / "results.json", lambda file: file.write(json.dumps(
-            {"checkpoint": args.checkpoint if learned else None, "results": results}, indent=1).encode()))
+    report = {"checkpoint": args.checkpoint if learned else None, "results": results}
+    write_atomically(out / "results.json", lambda file: file.write(json.dumps(report, indent=1).encode()))
     print(table(results))
 
 

@@ -337,9 +337,13 @@ class PushEnv:
             normals /= np.linalg.norm(normals, axis=1, keepdims=True) + 1e-12
             facing = np.abs(normals).argmax(1)
             uvs = np.take_along_axis(triangles, np.array([[1, 2], [0, 2], [0, 1]])[facing][:, None], 2) / 0.08
-            visual = client.createVisualShape(
-                client.GEOM_MESH, vertices=triangles.reshape(-1, 3).tolist(), indices=list(range(3 * len(faces))),
-                normals=np.repeat(normals, 3, 0).tolist(), uvs=uvs.reshape(-1, 2).tolist())
+            with tempfile.NamedTemporaryFile("w", suffix=".obj") as file:  # lists would leak in PyBullet
+                for kind, rows in (("v", triangles.reshape(-1, 3)), ("vt", uvs.reshape(-1, 2)), ("vn", normals)):
+                    file.writelines(f"{kind} {' '.join(map(repr, row))}\n" for row in rows.tolist())
+                for i in range(len(faces)):
+                    file.write("f " + " ".join(f"{j}/{j}/{i + 1}" for j in (3 * i + 1, 3 * i + 2, 3 * i + 3)) + "\n")
+                file.flush()
+                visual = client.createVisualShape(client.GEOM_MESH, fileName=file.name)
         body_id = client.createMultiBody(
             body.mass, collision, visual, (*place, (np.ptp(vertices, axis=0) * scale)[2] / 2 + 0.001), turn)
         client.changeDynamics(body_id, -1, lateralFriction=body.friction, rollingFriction=0.002,

@@ -2,7 +2,7 @@
 
 An embedding network f_theta turns a demonstration's first and last frame into a *sentence*; a
 control network pi reads the camera image, the robot's state and the sentence at every step and
-outputs the joint torques. Both train end to end on
+outputs the joint torques, as fractions of each joint's limit. Both train end to end on
 
     lambda_emb L_emb + lambda_U L_ctr^U + lambda_q L_ctr^q                             (section 3)
 
@@ -89,7 +89,7 @@ def _first_convolution(images, weight, bias):
     Of x / 127.5 - 1 the image takes the shift, exact even in bfloat16, and the weight the scale.
     """
     dtype = torch.get_autocast_dtype(images.device.type) if torch.is_autocast_enabled(images.device.type) else weight.dtype
-    planes = images.to(dtype).sub_(127.5).movedim(-1, 1)  # (N, C, H, W), channels last in memory
+    planes = (images.to(dtype) - 127.5).movedim(-1, 1)  # (N, C, H, W), channels last in memory
     return F.conv2d(planes, weight / 127.5, bias, stride=2, padding=KERNEL // 2)
 
 
@@ -215,7 +215,7 @@ class TecNets(nn.Module):
                               for part in ends.split(chunk)])
 
     def predict(self, images, states, s):
-        """Actions for M observations of each task: (B, M, H, W, 3) uint8, (B, M, S), (B, E) -> (B, M, A)."""
+        """Actions (B, M, A) for images (B, M, H, W, 3) uint8, raw states (B, M, S) and sentences (B, E)."""
         with self._autocast():
             return self.control_net(images, (states - self.state_mean) / self.state_std, s)
 
@@ -226,7 +226,7 @@ class TecNets(nn.Module):
 
     @torch.no_grad()
     def act(self, image, state, s):
-        """The torques for one observation: image (H, W, 3) uint8, state (S,) and sentence (E,) -> (A,)."""
+        """The action (A,), not clipped, for one image (H, W, 3) uint8, raw state (S,) and sentence (E,)."""
         return self.predict(image[None, None], state[None, None], s[None])[0, 0]
 
     def backward(self, batch, chunk=256):
@@ -237,7 +237,8 @@ class TecNets(nn.Module):
         and `actions` (B, 2, M, A). Both control losses are conditioned on s_U. They run in chunks of
         at most `chunk` images, each with a backward of its own that collects its gradient on the
         sentences; the embedding network's backward then starts from there: the same gradient as
-        one backward of the sum, whatever B in the memory of one chunk.
+        one backward of the sum, with the activations of one chunk (a task's samples stay together;
+        the embedding network counts demos) in memory, whatever B.
         Returns a dict of detached scalars: loss, loss_emb, loss_U, loss_q, accuracy.
         """
         c, ends_U, ends_q, images = self.settings, batch["ends_U"], batch["ends_q"], batch["images"]

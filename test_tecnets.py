@@ -22,14 +22,16 @@ import train
 from tecnets import ControlNet, Settings, TecNets, embedding_loss, sentence
 
 HERE = Path(__file__).parent
-COUNTS = {"train": 4, "val": 2, "test": 1}
-torch.set_num_threads(2)
+COUNTS = {"train": 4, "val": 2, "test": 2}
+THREADS = 2  # sums depend on their number
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": str(THREADS)}
+torch.set_num_threads(THREADS)
 
 
 def run(*args, cwd, code=0):
     """Run a program of this project as a user does."""
     result = subprocess.run([sys.executable, HERE / args[0], *map(str, args[1:])], cwd=cwd,
-                            capture_output=True, text=True, timeout=200)
+                            capture_output=True, text=True, timeout=200, env=ENVIRONMENT)
     assert result.returncode == code, result.stderr
     return result
 
@@ -85,14 +87,23 @@ def test_embedding_loss_by_hand(negatives, normalise, loss, accuracy):
     assert got[0].item() == pytest.approx(loss) and got[1].item() == accuracy
 
 
+def looped_embedding_loss(s_U, s_q, margin, negatives):
+    B, Q = s_q.shape[:2]
+    terms = [F.relu(margin - s_q[j, k] @ s_U[j] + (s_q[j, k] @ s_U[i] if negatives == "sentences" else s_q[i, k] @ s_U[j]))
+             for j in range(B) for i in range(B) for k in range(Q) if i != j]
+    return torch.stack(terms).mean()
+
+
 @pytest.mark.parametrize("negatives", ["sentences", "queries"])
 def test_embedding_loss_against_loops(negatives):
+    """Loss and its gradients to both sides."""
     g = torch.Generator().manual_seed(1)
-    s_U, s_q = (F.normalize(torch.randn(*shape, generator=g), dim=-1) for shape in ((4, 3), (4, 2, 3)))
-    terms = [max(0.0, 0.3 - float(s_q[j, k] @ s_U[j])
-                 + float(s_q[j, k] @ s_U[i] if negatives == "sentences" else s_q[i, k] @ s_U[j]))
-             for j in range(4) for i in range(4) for k in range(2) if i != j]
-    assert embedding_loss(s_U, s_q, 0.3, negatives)[0].item() == pytest.approx(np.mean(terms), rel=1e-5)
+    s = [torch.randn(*shape, generator=g, dtype=torch.float64, requires_grad=True) for shape in ((4, 3), (4, 2, 3))]
+    got, expected = embedding_loss(*s, 0.3, negatives)[0], looped_embedding_loss(*s, 0.3, negatives)
+    torch.testing.assert_close(got, expected)
+    for ours, plain in zip(torch.autograd.grad(got, s), torch.autograd.grad(expected, s)):
+        assert plain.abs().max() > 0
+        torch.testing.assert_close(ours, plain)
 
 
 @pytest.mark.parametrize("normalise", [True, False])
@@ -129,13 +140,16 @@ def test_control_net_equals_the_tiled_formulation(size):
         torch.testing.assert_close(ours, plain, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("chunk", [4, 7])
-def test_chunked_backward_equals_one_big_backward(chunk):
-    model, batch = small_model(), batch_of()
+@pytest.mark.parametrize("chunk", [4, 9, 256])  # parts of 1, of 2 and 1, of all tasks
+@pytest.mark.parametrize("options", [{}, dict(support_mean="norm-mean-norm", negatives="queries", margin=0.5,
+                                              normalise_queries=False, lambda_emb=0.7, lambda_U=0.2, lambda_q=0.5)])
+def test_chunked_backward_equals_one_big_backward(chunk, options):
+    model, batch = small_model(**options), batch_of()
     c = model.settings
     f = model.embedding_net(torch.cat([batch["ends_U"], batch["ends_q"]], 1).flatten(0, 1)).unflatten(0, (5, 3))
-    s_U, s_q = sentence(f[:, :2]), F.normalize(f[:, 2:], dim=-1)
-    plain = c.lambda_emb * embedding_loss(s_U, s_q, c.margin)[0]
+    s_U = sentence(f[:, :2], c.support_mean)
+    s_q = F.normalize(f[:, 2:], dim=-1) if c.normalise_queries else f[:, 2:]
+    plain = c.lambda_emb * looped_embedding_loss(s_U, s_q, c.margin, c.negatives)
     for i, weight in enumerate((c.lambda_U, c.lambda_q)):
         prediction = model.control_net(batch["images"][:, i], batch["states"][:, i], s_U)
         plain = plain + weight * (prediction - batch["actions"][:, i]).square().mean()
@@ -312,7 +326,7 @@ def test_demonstrations(data_set):
     tasks = data.TaskSet(data_set, "train")
     assert tasks.states.shape == (4, 4, 100, 20) and tasks.actions.shape == (4, 4, 100, 7)
     env = sim.PushEnv()
-    demo = list(data.task_demos(env, sim.make_task("train", 2), 2, seed=3))[1]
+    demo = data.record_demo(env, sim.make_task("train", 2), 1, seed=3)
     env.close()
     assert (tasks.states[2, 1] == demo["states"]).all() and (tasks.actions[2, 1] == demo["actions"]).all()
     assert all((tasks.frame(2, 1, t) == demo["frames"][t]).all() for t in (0, 1, 57, 99))
@@ -370,10 +384,16 @@ def test_training_lowers_the_loss(trained):
 def start_run(data_set, name):
     """A training run in this process, in runs/NAME of the current folder."""
     folder, preset, _, given = train.parse(["--data", str(data_set), "--name", name, *map(str, TINY)])
-    options = {**{key: default for key, (_, default, _) in train.OPTIONS.items()},
-               "bfloat16": int(train.has_bfloat16("cpu")), **given}
     folder.mkdir(parents=True)
-    return train.Run(folder, options, *train.open_data(options, preset))
+    options = train.settle(preset, given)
+    return train.Run(folder, options, *train.open_data(options))
+
+
+def assert_same_run(one, other):
+    assert log_without_seconds(one) == log_without_seconds(other)
+    for name in ("last.pt", "best.pt"):
+        a, b = (train.load_checkpoint(folder / name)["model"] for folder in (one, other))
+        assert all(torch.equal(a[key], b[key]) for key in a)
 
 
 def test_interrupted_training_equals_uninterrupted(data_set, trained, tmp_path, monkeypatch):
@@ -381,23 +401,32 @@ def test_interrupted_training_equals_uninterrupted(data_set, trained, tmp_path, 
     job = start_run(data_set, "cut")
     job.train(stop=lambda: job.step == 23)
     run("train.py", "--name", "cut", "--resume", cwd=tmp_path)
-    assert log_without_seconds(tmp_path / "runs" / "cut") == log_without_seconds(trained)
-    cut, whole = (train.load_checkpoint(folder / "last.pt")["model"] for folder in (tmp_path / "runs" / "cut", trained))
-    assert all(torch.equal(cut[name], whole[name]) for name in whole)
+    assert_same_run(tmp_path / "runs" / "cut", trained)
+
+
+def test_killed_training_equals_uninterrupted(data_set, trained, tmp_path):
+    process = subprocess.Popen([sys.executable, HERE / "train.py", "--data", data_set, "--name", "cut", *map(str, TINY)],
+                               cwd=tmp_path, env=ENVIRONMENT)
+    while not (tmp_path / "runs" / "cut" / "best.pt").exists():
+        time.sleep(0.02)
+        assert process.poll() is None
+    process.kill()
+    process.wait()
+    run("train.py", "--name", "cut", "--resume", cwd=tmp_path)
+    assert_same_run(tmp_path / "runs" / "cut", trained)
 
 
 def test_a_terminated_run_saves_and_says_how_to_go_on(data_set, tmp_path):
     process = subprocess.Popen([sys.executable, HERE / "train.py", "--data", data_set, *map(str, TINY), "--steps", "9999"],
-                               cwd=tmp_path, text=True, stdout=subprocess.PIPE)
+                               cwd=tmp_path, text=True, stdout=subprocess.PIPE, env=ENVIRONMENT)
     process.stdout.readline()  # says that it begins
-    time.sleep(0.5)
     process.send_signal(signal.SIGTERM)
     assert "--resume" in process.communicate(timeout=5)[0] and process.returncode == 128 + signal.SIGTERM
-    assert 0 < train.load_checkpoint(tmp_path / "runs" / "ours" / "last.pt")["step"] < 9999
+    assert train.load_checkpoint(tmp_path / "runs" / "ours" / "last.pt")["step"] < 9999
 
 
 def test_evaluation_depends_on_the_seed_only(data_set, trained, tmp_path):
-    arguments = ("--checkpoint", trained / "best.pt", "--tasks", 1, "--trials", 2, "--shots", 1, 2)
+    arguments = ("--checkpoint", trained / "best.pt", "--tasks", 2, "--trials", 1, "--shots", 1, 2)
     for workers in (1, 2):
         run("evaluate.py", *arguments, "--data", data_set, "--workers", workers, "--out", tmp_path / str(workers),
             "--gif", 1, cwd=tmp_path)
@@ -408,13 +437,11 @@ def test_evaluation_depends_on_the_seed_only(data_set, trained, tmp_path):
         assert gif.n_frames > 10 and gif.size == (500, 250)
 
 
-def test_demonstrations_on_the_fly_are_those_of_the_data_set():
-    """The demo that a trial records itself has the key of the one that data.py would write."""
-    env, task = sim.PushEnv(render=False), sim.make_task("test", 0)
-    stored = list(data.task_demos(env, task, 3, seed=0))[2]
-    got = data.record_demo(env, task, [0, sim.SPLITS.index("test"), 0, 2], -1)
-    env.close()
-    assert (got["states"] == stored["states"]).all()
+def test_demonstrations_on_the_fly_are_those_of_the_data_set(data_set, trained, monkeypatch):
+    """The same rows with the demonstrations of the data set and with those recorded by the evaluation."""
+    monkeypatch.setattr(evaluate, "FULL_DATA", {"demos": 4, "seed": 3})
+    arguments = ("tecnets", "test", 1, 1, 2, 0, 1, trained / "best.pt")
+    assert evaluate.run_trials(*arguments) == evaluate.run_trials(*arguments, data.TaskSet(data_set, "test"))
 
 
 def test_wilson_interval():
@@ -430,13 +457,17 @@ def test_wilson_interval():
     (("data.py",), "--out"),
     (("train.py", "--data", "{data}", "--support", 3, "--query", 2, "--batch", 2), "K + Q = 3 + 2"),
     (("train.py", "--data", "{data}", "--batch", 9), "lower --batch"),
-    (("train.py", "--data", "{data}", "--tasks", 9), "4 train tasks, not 9"),
+    (("evaluate.py", "--data", "{data}", "--checkpoint", "{trained}", "--out", "{tmp}/e"), "2 test tasks, not 74"),
     (("train.py", "--data", "{data}", "--batch", 2, "--lr", 2), "--lr"),
     (("train.py", "--data", "{data}", "--batch", 2, "--device", "cuda"), "--device cpu"),
     (("train.py", "--data", "{data}", "--batch", 2, "--support-mean", "none"), "mean-norm"),
     (("train.py", "--data", "{data}", "--batch", 2, "--schedule", "none"), "one-cycle"),
     (("train.py", "--data", "{broken}", "--batch", 2), "00001.npz is damaged"),
-    (("train.py", "--data", "{missing}", "--batch", 2), "00001.npz is missing"),
+    (("evaluate.py", "--data", "{missing}", "--split", "train", "--tasks", 4, "--checkpoint", "{trained}",
+      "--out", "{tmp}/e"), "00001.npz is missing: finish the data set with python data.py --out"),
+    (("train.py", "--data", "{data}", "--steps", 20, "--minutes", 1), "not both"),
+    (("train.py", "--data", "{data}", "--steps", 5), "5 is not within 20"),
+    (("train.py", "--data", "{data}", "--minutes", "inf"), "--minutes"),
     (("train.py", "--resume", "--name", "none"), "no checkpoint"),
     (("train.py", "--data", "/proc/none"), "/proc/none"),
     (("evaluate.py", "--out", "{tmp}/e", "--checkpoint", "none.pt"), "no checkpoint none.pt"),
@@ -445,9 +476,9 @@ def test_wilson_interval():
     (("evaluate.py", "--out", "/proc/none", "--policy", "expert"), "/proc/none"),
     (("evaluate.py", "--out", "{run}", "--policy", "expert"), "results.json exists"),
 ])
-def test_bad_input_is_one_line(arguments, message, data_set, tmp_path):
+def test_bad_input_is_one_line(arguments, message, data_set, trained, tmp_path):
     places = {"tmp": tmp_path, "data": data_set, "run": tmp_path / "run", "broken": tmp_path / "broken",
-              "missing": tmp_path / "missing"}
+              "missing": tmp_path / "missing", "trained": trained / "best.pt"}
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "results.json").write_text("{}")
     words = [str(word).format(**places) for word in arguments]

@@ -19,11 +19,13 @@ from pathlib import Path
 
 import torch
 
-from data import Parser, TaskLoader, TaskSet, UserError, choice, command, generate, number, progress, write_atomically
+import sim
+from data import (Parser, TaskLoader, TaskSet, UserError, choice, command, generate, number, progress,
+                  read_manifest, task_path, write_atomically)
 from tecnets import Settings, TecNets, control_loss, embedding_loss
 
 FORMAT = 1  # of a checkpoint
-FRAMES_PER_SECOND = 140  # a core records, for the announcement only
+FRAMES_PER_SECOND = 100  # that a core records, for the announcement only
 CALIBRATION_STEPS = 12
 CHECKPOINT_SECONDS = 60
 LOG_STEPS = 50
@@ -31,9 +33,10 @@ LOG_STEPS = 50
 # Every hyper-parameter: type, default (our recipe for two cores), help.
 OPTIONS = {
     "data": (str, "data/push", "folder of the data set, made when absent"),
-    "tasks": (number(int, 0), 0, "training tasks to use, 0 for all"),
+    "tasks": (number(int, 1), None, "training tasks to use (default: all)"),
+    "val_tasks": (number(int, 1), None, "validation tasks to use (default: all)"),
     "minutes": (number(float, 0.1), 60.0, "training time, turned into a number of steps by a calibration"),
-    "steps": (number(int, 0), 0, "number of steps, 0 to find it from --minutes"),
+    "steps": (number(int, 20), None, "number of steps, in place of --minutes"),
     "batch": (number(int, 2), 32, "B, tasks a step"),
     "support": (number(int, 1), 1, "K, support demos a task"),
     "query": (number(int, 1), 1, "Q, query demos a task"),
@@ -54,8 +57,8 @@ OPTIONS = {
     "bfloat16": (number(int, 0, 1), None, "1: networks in bfloat16 (default where the processor has it)"),
     "device": (choice("cpu", "cuda"), "cpu", "cpu or cuda"),
 }
-SMOKE_DATA = {"train": 16, "val": 4, "test": 4, "demos": 6}
-FULL_DATA = {"train": 693, "val": 76, "test": 74, "demos": 12}
+FULL_DATA = {"tasks": {"train": 693, "val": 76, "test": 74}, "demos": 12, "seed": 0}  # the benchmark's
+SMOKE_DATA = {"tasks": {"train": 16, "val": 4, "test": 4}, "demos": 6, "seed": 0}
 PRESETS = {
     "ours": {},
     "paper": dict(batch=64, support=5, query=5, samples=1, lr=5e-4, schedule="constant", steps=400_000,
@@ -73,7 +76,8 @@ def parse(argv=None):
     parser.add_argument("--name", default=None, help="of the run's folder in runs/, the preset's by default")
     parser.add_argument("--resume", action="store_true", default=False, help="go on with an interrupted run")
     for name, (kind, default, text) in OPTIONS.items():
-        parser.add_argument("--" + name.replace("_", "-"), dest=name, type=kind, help=f"{text} (default: {default})")
+        text += f" (default: {default})" if default is not None else ""
+        parser.add_argument("--" + name.replace("_", "-"), dest=name, type=kind, help=text)
     given = vars(parser.parse_args(argv))
     preset, name, resume = (given.pop(key) for key in ("preset", "name", "resume"))
     return Path("runs") / (name or preset), preset, resume, given
@@ -121,16 +125,21 @@ def to_tensors(batch, device):
             for name in ("ends_U", "ends_q", "images", "states", "actions")}
 
 
-def open_data(options, preset):
-    """The training and validation sets; the data are made first when there are none."""
+def open_data(options):
+    """The training and validation sets; what is missing of the data is made first."""
     folder = Path(options["data"])
-    if not (folder / "manifest.json").exists():
-        counts = dict(SMOKE_DATA if preset == "smoke" else FULL_DATA)
-        demos = counts.pop("demos")
-        minutes = sum(counts.values()) * demos * 100 / FRAMES_PER_SECOND / os.cpu_count() / 60
-        print(f"making the data set {folder}: about {minutes:.0f} min on {os.cpu_count()} cores", flush=True)
-        generate(folder, counts, demos, seed=0)
-    return TaskSet(folder, "train", options["tasks"] or None), TaskSet(folder, "val")
+    if (folder / "manifest.json").exists():
+        manifest = read_manifest(folder)
+    else:
+        manifest = SMOKE_DATA if options["preset"] == "smoke" else FULL_DATA
+    counts = {split: options[name] or manifest["tasks"][split] for split, name in (("train", "tasks"), ("val", "val_tasks"))}
+    missing = sum(not task_path(folder, split, index).exists() for split in counts for index in range(counts[split]))
+    if missing:
+        minutes = missing * manifest["demos"] * sim.HORIZON / FRAMES_PER_SECOND / os.cpu_count() / 60
+        print(f"making {missing} tasks of the data set {folder}: about {minutes:.1f} min on {os.cpu_count()} cores",
+              flush=True)
+        generate(folder, {**manifest["tasks"], **counts}, manifest["demos"], manifest["seed"])
+    return [TaskSet(folder, split, count) for split, count in counts.items()]
 
 
 @torch.no_grad()
@@ -142,7 +151,7 @@ def validate(model, loader, options):
         s_U = model.embed(batch["ends_U"])
         s_q = model.embed(batch["ends_q"][:, :, None])
         prediction = model.predict(batch["images"][:, 1], batch["states"][:, 1], s_U)
-        accuracy = embedding_loss(s_U, s_q)[1]
+        accuracy = embedding_loss(s_U, s_q, negatives=model.settings.negatives)[1]
         totals += torch.tensor([control_loss(prediction, batch["actions"][:, 1]), accuracy])
     return dict(zip(("val_loss_q", "val_accuracy"), (totals / options["validation_batches"]).tolist()))
 
@@ -151,7 +160,11 @@ class Run:
     """One training run: the model and everything that a resumed run needs to go on as the same run."""
 
     def __init__(self, folder, options, task_set, val_set, checkpoint=None):
-        self.folder, self.options = folder, options
+        made_of = {name: value for name, value in task_set.manifest.items() if name != "tasks"}
+        if checkpoint and checkpoint["made_of"] != made_of:
+            raise UserError(f"{options['data']} is not the data set that {folder} was started with: bring that one back")
+        self.folder, self.made_of = folder, made_of
+        self.options = options = {**options, "tasks": task_set.n_tasks, "val_tasks": val_set.n_tasks}
         torch.manual_seed(options["seed"])
         settings = Settings(image_size=task_set.frame_shape[0],
                             **{field.name: options[field.name] for field in fields(Settings) if field.name in options})
@@ -188,12 +201,14 @@ class Run:
         return max(10, int(self.options["minutes"] * 60 / pace))
 
     def save(self, name):
-        state = {"format": FORMAT, "options": self.options, "settings": vars(self.model.settings),
+        state = {"format": FORMAT, "options": self.options, "made_of": self.made_of, "settings": vars(self.model.settings),
                  "step": self.step, "steps": self.steps, "seconds": self.seconds, "best": self.best, "log": self.log,
                  "terms": self.terms, "model": self.model.state_dict(), "optimiser": self.optimiser.state_dict(),
                  "scheduler": self.scheduler.state_dict(), "loader": self.loader.state_dict(),
                  "generator": torch.get_rng_state()}
         write_atomically(self.folder / name, lambda file: torch.save(state, file))
+        lines = "".join(json.dumps(row) + "\n" for row in self.log)
+        write_atomically(self.folder / "log.jsonl", lambda file: file.write(lines.encode()))
 
     def load(self, state):
         self.step, self.seconds, self.best = state["step"], state["seconds"], state["best"]
@@ -203,10 +218,6 @@ class Run:
         self.scheduler.load_state_dict(state["scheduler"])
         self.loader.load_state_dict(state["loader"])
         torch.set_rng_state(state["generator"].cpu())
-
-    def write_log(self):
-        lines = "".join(json.dumps(row) + "\n" for row in self.log)
-        write_atomically(self.folder / "log.jsonl", lambda file: file.write(lines.encode()))
 
     def train(self, stop):
         """Train to the last step, or until `stop()`; whichever comes, last.pt holds the state."""
@@ -222,27 +233,24 @@ class Run:
             self.scheduler.step()
             self.step += 1
             self.seconds = time.monotonic() - began
-            self.terms.append(torch.stack([losses[name] for name in losses]))
+            self.terms.append([losses[name].item() for name in losses])
             if self.step % LOG_STEPS == 0 or self.step == self.steps:
-                means = torch.stack(self.terms).mean(0).tolist()
+                means = torch.tensor(self.terms).mean(0).tolist()
                 self.terms.clear()
                 self.log.append({"step": self.step, **dict(zip(losses, means)), "lr": self.scheduler.get_last_lr()[0],
                                  "seconds": round(self.seconds, 1)})
                 self.show()
             if self.step % self.options["validate_every"] == 0 or self.step == self.steps:
-                self.model.eval()
                 values = validate(self.model, self.val_loader, self.options)
-                self.model.train()
                 self.log.append({"step": self.step, **values})
                 if values["val_loss_q"] < self.best:
                     self.best = values["val_loss_q"]
                     self.save("best.pt")
-            if self.step % LOG_STEPS == 0 and time.monotonic() - saved > CHECKPOINT_SECONDS:
+                saved = 0
+            if time.monotonic() - saved > CHECKPOINT_SECONDS:
                 self.save("last.pt")
-                self.write_log()
                 saved = time.monotonic()
         self.save("last.pt")
-        self.write_log()
 
     def show(self):
         row = self.log[-1]
@@ -250,6 +258,19 @@ class Run:
         progress(f"step {self.step}/{self.steps}  {pace:.2f}/s  control {row['loss_q']:.4f}  embedding "
                  f"{row['loss_emb']:.4f}  retrieval {row['accuracy']:.2f}  best val {self.best:.4f}  "
                  f"{(self.steps - self.step) / pace / 60:.1f} min left", end=self.step == self.steps)
+
+
+def settle(preset, given):
+    """All options of a new run: the defaults, changed by the preset, changed by what is given."""
+    if "minutes" in given and "steps" in given:
+        raise UserError("give --minutes or --steps, not both")
+    preset_options = dict(PRESETS[preset])
+    if "minutes" in given:
+        preset_options["steps"] = None
+    options = {**{name: default for name, (_, default, _) in OPTIONS.items()}, **preset_options, **given}
+    if options["bfloat16"] is None:
+        options["bfloat16"] = int(has_bfloat16(options["device"]))
+    return {"preset": preset, **options}
 
 
 def main():
@@ -264,16 +285,14 @@ def main():
     else:
         if (folder / "last.pt").exists():
             raise UserError(f"{folder} holds a run: go on with --resume, choose another --name, or delete it")
-        options = {**{name: default for name, (_, default, _) in OPTIONS.items()}, **PRESETS[preset], **given}
-        if options["bfloat16"] is None:
-            options["bfloat16"] = int(has_bfloat16(options["device"]))
+        options = settle(preset, given)
     if options["device"] == "cuda" and not torch.cuda.is_available():
         raise UserError("no cuda device here: choose --device cpu")
-    folder.mkdir(parents=True, exist_ok=True)
     keep_freed_memory()
-    run = Run(folder, options, *open_data(options, preset), checkpoint)
-    print(f"{folder}: step {run.step} of {run.steps}, {options['tasks'] or run.loader.task_set.n_tasks} tasks, "
-          f"{options['batch']} a step", flush=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    run = Run(folder, options, *open_data(options), checkpoint)
+    print(f"{folder}: step {run.step} of {run.steps}, {run.options['tasks']} training tasks, {options['batch']} a step",
+          flush=True)
 
     signals = []
     for name in (signal.SIGINT, signal.SIGTERM):
