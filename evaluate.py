@@ -112,7 +112,7 @@ def run_trials(policy, split, tasks, trials, shots, seed, workers, checkpoint=No
     Demonstrations are a seeded choice of a task's, from the TaskSet `data` or, without one, recorded.
     """
     jobs = []
-    demo_seed, n_demos = (data.manifest["seed"], data.n_demos) if data else (0, FULL_DATA["demos"])
+    demo_seed, n_demos = (data.manifest["seed"], data.n_demos) if data else (FULL_DATA["seed"], FULL_DATA["demos"])
     if shots > n_demos:
         raise UserError(f"{shots} shots need as many demonstrations, a task has {n_demos}: lower --shots")
     for index in range(tasks):
