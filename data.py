@@ -283,21 +283,21 @@ class TaskLoader:
     """An endless iterator of few-shot batches; batch i depends on (seed, i) only.
 
     A batch has B different tasks; of each K support and Q query demos, all different, and F control
-    samples of each of the two sets, every one at a random time of a random demo of its set. It is a
-    dict of uint8 and float32 arrays, U for support and q for query:
+    samples of each of the two sets, every one at a random time of a random demo of its set: uniform
+    for early = 1, else T u^early with a uniform u, which favours the demo's beginning. It is a dict of uint8 and float32 arrays, U for support and q for query:
     `ends_U` (B, K, 2, H, W, 3), `ends_q` (B, Q, 2, H, W, 3), `images` (B, 2, F, H, W, 3),
     `states` (B, 2, F, 20), `actions` (B, 2, F, 7), with U before q on axis 1; and `tasks` (B,),
     `demos` (B, K + Q), `control_demos` (B, 2, F), `times` (B, 2, F) that tell what was drawn.
     Batches are prepared ahead on a background thread. Raises UserError if B or K + Q are too many.
     """
 
-    def __init__(self, task_set, B, K, Q, F, seed, ahead=3):
+    def __init__(self, task_set, B, K, Q, F, seed, early=1.0, ahead=3):
         if B > task_set.n_tasks:
             raise UserError(f"a batch of {B} tasks needs as many, the data set has {task_set.n_tasks}: lower --batch")
         if K + Q > task_set.n_demos:
             raise UserError(f"K + Q = {K} + {Q} demos are more than the {task_set.n_demos} of a task: "
                             "lower --support or --query")
-        self.task_set, self.B, self.K, self.Q, self.F, self.seed = task_set, B, K, Q, F, seed
+        self.task_set, self.B, self.K, self.Q, self.F, self.seed, self.early = task_set, B, K, Q, F, seed, early
         self.position = 0
         self._pool, self._ahead, self._queue = ThreadPoolExecutor(1), ahead, collections.deque()
 
@@ -309,7 +309,7 @@ class TaskLoader:
         demos = np.stack([rng.choice(data.n_demos, K + Q, replace=False) for _ in tasks])
         picks = np.stack([rng.integers(0, K, (B, F)), rng.integers(K, K + Q, (B, F))], 1)  # (B, 2, F)
         control_demos = np.take_along_axis(demos[:, None], picks, 2)  # (B, 2, F)
-        times = rng.integers(0, data.horizon, (B, 2, F))
+        times = (data.horizon * rng.random((B, 2, F)) ** self.early).astype(int)
         at = tasks[:, None, None], control_demos, times
         images = np.empty((B, 2, F, *data.frame_shape), np.uint8)
         for i, j, k in np.ndindex(B, 2, F):

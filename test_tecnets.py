@@ -359,6 +359,13 @@ def test_loader(data_set):
     assert all((got[name] == expected[name]).all() for name in expected)
 
 
+@pytest.mark.parametrize("early, share", [(1, 0.01), (3, 0.01 ** (1 / 3))])
+def test_share_of_first_frames(data_set, early, share):
+    loader = data.TaskLoader(data.TaskSet(data_set, "train"), B=4, K=1, Q=1, F=100, seed=0, early=early)
+    times = np.stack([loader.batch(i)["times"] for i in range(10)])
+    assert abs((times == 0).mean() - share) < 0.02 and times.max() == 99
+
+
 # Training and evaluation ----------------------------------------------------------------------
 
 TINY = ("--batch", 3, "--samples", 1, "--steps", 60, "--validate-every", 20, "--validation-batches", 1)

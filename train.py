@@ -41,12 +41,13 @@ OPTIONS = {
     "support": (number(int, 1), 1, "K, support demos a task"),
     "query": (number(int, 1), 1, "Q, query demos a task"),
     "samples": (number(int, 1), 4, "control samples of the support and of the query set a task"),
+    "early": (number(float, 1, 10), 3.0, "times of control samples are T u^early: 1 uniform (paper), more favours the start"),
     "chunk": (number(int, 1), 256, "images a backward pass holds in memory"),
     "lr": (number(float, 0, 1), 1e-3, "Adam's learning rate, the peak of the schedule"),
     "schedule": (choice("one-cycle", "constant"), "one-cycle", "of the learning rate: one-cycle or constant"),
     "margin": (number(float, 0), 0.1, "of the embedding loss"),
     "lambda_emb": (number(float, 0), 1.0, "weight of the embedding loss"),
-    "lambda_U": (number(float, 0), 1.0, "weight of the support's control loss"),
+    "lambda_U": (number(float, 0), 0.2, "weight of the support's control loss"),
     "lambda_q": (number(float, 0), 1.0, "weight of the query's control loss"),
     "normalise_queries": (number(int, 0, 1), 1, "1: cosine similarity (paper); 0: raw queries (official code)"),
     "support_mean": (choice("mean-norm", "norm-mean-norm"), "mean-norm", "mean-norm (paper) or norm-mean-norm (official code)"),
@@ -61,7 +62,7 @@ FULL_DATA = {"tasks": {"train": 693, "val": 76, "test": 74}, "demos": 12, "seed"
 SMOKE_DATA = {"tasks": {"train": 16, "val": 4, "test": 4}, "demos": 6, "seed": 0}
 PRESETS = {
     "ours": {},
-    "paper": dict(batch=64, support=5, query=5, samples=1, lr=5e-4, schedule="constant", steps=400_000,
+    "paper": dict(batch=64, support=5, query=5, samples=1, early=1.0, lr=5e-4, schedule="constant", steps=400_000,
                   lambda_U=0.1, lambda_q=0.1),
     "smoke": dict(data="data/smoke", batch=8, support=2, query=2, minutes=1.0, validate_every=50,
                   validation_batches=2),
@@ -172,8 +173,8 @@ class Run:
         self.model.bfloat16 = bool(options["bfloat16"])
         self.optimiser = torch.optim.Adam(self.model.parameters(), lr=options["lr"])
         sizes = [options[name] for name in ("support", "query", "samples")]
-        self.loader = TaskLoader(task_set, options["batch"], *sizes, seed=options["seed"])
-        self.val_loader = TaskLoader(val_set, min(options["batch"], val_set.n_tasks), *sizes, seed=0)
+        self.loader = TaskLoader(task_set, options["batch"], *sizes, options["seed"], options["early"])
+        self.val_loader = TaskLoader(val_set, min(options["batch"], val_set.n_tasks), *sizes, 0, options["early"])
         self.step, self.seconds, self.best, self.log, self.terms = 0, 0.0, float("inf"), [], []
         self.steps = checkpoint["steps"] if checkpoint else options["steps"] or self.calibrate()
         if options["schedule"] == "constant":
