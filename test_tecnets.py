@@ -456,6 +456,14 @@ def test_wilson_interval():
     assert evaluate.wilson(0, 444)[0] == 0 and evaluate.wilson(444, 444)[1] == 1
 
 
+def test_bfloat16_trains_alike(data_set, trained, tmp_path):
+    """The same run in float32 ends with nearly the same losses."""
+    run("train.py", "--data", data_set, "--name", "exact", "--bfloat16", 0, *TINY, cwd=tmp_path)
+    ends = [[row for row in log_without_seconds(folder) if "loss_q" in row][-1]
+            for folder in (tmp_path / "runs" / "exact", trained)]
+    assert ends[0]["loss_q"] == pytest.approx(ends[1]["loss_q"], rel=0.1)
+
+
 # Bad input ------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("arguments, message", [

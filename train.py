@@ -228,7 +228,7 @@ class Run:
             norm = torch.nn.utils.get_total_norm(p.grad for p in self.model.parameters())
             if not torch.isfinite(losses["loss"] + norm):
                 raise UserError(f"step {self.step + 1}: the loss or its gradient is not finite; {self.folder}/last.pt "
-                                "holds the state before it: start again with a lower --lr")
+                                "holds what was saved before it: start another --name with a lower --lr")
             self.optimiser.step()
             self.optimiser.zero_grad()
             self.scheduler.step()
