@@ -174,7 +174,7 @@ class Run:
         self.optimiser = torch.optim.Adam(self.model.parameters(), lr=options["lr"])
         sizes = [options[name] for name in ("support", "query", "samples")]
         self.loader = TaskLoader(task_set, options["batch"], *sizes, options["seed"], options["early"])
-        self.val_loader = TaskLoader(val_set, min(options["batch"], val_set.n_tasks), *sizes, 0, options["early"])
+        self.val_loader = TaskLoader(val_set, min(options["batch"], val_set.n_tasks), *sizes, seed=0)  # uniform times
         self.step, self.seconds, self.best, self.log, self.terms = 0, 0.0, float("inf"), [], []
         self.steps = checkpoint["steps"] if checkpoint else options["steps"] or self.calibrate()
         if options["schedule"] == "constant":
