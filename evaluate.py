@@ -1,5 +1,6 @@
 """Measure how often a policy imitates a demonstration of a task never seen in training.
 
+    python evaluate.py --out runs/shipped                  # the weights in results/
     python evaluate.py --checkpoint runs/ours/best.pt --out runs/ours/test
     python evaluate.py --policy expert --out runs/expert
 
@@ -186,7 +187,7 @@ def save_gif(path, demo, film, success):
 
 def main():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", default="runs/ours/best.pt", help="for tecnets and no-demo")
+    parser.add_argument("--checkpoint", default="results/weights.pt", help="for tecnets and no-demo")
     parser.add_argument("--data", default="data/push", help="data set to take demonstrations from, if it is there")
     parser.add_argument("--split", choices=sim.SPLITS, default="test")
     parser.add_argument("--tasks", type=number(int, 1), default=74, help="the first tasks of the split")
