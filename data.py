@@ -86,6 +86,7 @@ def parallel(function, jobs, workers, **options):
 
     Raises UserError if a process dies, as it does for lack of memory.
     """
+    os.environ |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}  # inherited: a core for every process
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max(1, min(workers, len(jobs))), mp_context=context, **options) as pool:
         try:

@@ -276,10 +276,13 @@ class PushEnv:
             raise ValueError(f"an action is {ACTION_DIM} finite numbers, not {action}")
         client = self.client
         gravity = client.calculateInverseDynamics(self.arm, self.q.tolist(), [0] * 7, [0] * 7)
-        joints, torques = list(range(7)), (np.clip(action, -1, 1) * TORQUE + gravity).tolist()
+        torques = (np.clip(action, -1, 1) * TORQUE + gravity).tolist()
+        apply = functools.partial(client.setJointMotorControlArray, self.arm, list(range(7)), client.TORQUE_CONTROL,
+                                  forces=torques)
+        advance = client.stepSimulation
         for _ in range(SUBSTEPS):  # PyBullet clears the torques at every step
-            client.setJointMotorControlArray(self.arm, joints, client.TORQUE_CONTROL, forces=torques)
-            client.stepSimulation()
+            apply()
+            advance()
         self.steps += 1
         obs, info = self._observe(), self._info()
         at_goal = info["distance"] < SUCCESS_DISTANCE
@@ -383,11 +386,10 @@ class PushEnv:
 
     def _image(self):
         """Draw the bodies over the empty scene, antialiased: the same picture as drawing it all, but faster."""
-        n, s = self.image_size, SUPERSAMPLE
-        pixels, body = _camera(self.client, n * s)
-        pixels = np.where(body, pixels, _background(n * s)).view(np.uint8).reshape(n, s, n, s, 4)
-        total = sum(pixels[:, i, :, j].astype(np.uint16) for i in range(s) for j in range(s))
-        return ((total + s * s // 2) // (s * s)).astype(np.uint8)[..., :3]
+        size = self.image_size * SUPERSAMPLE
+        pixels, body = _camera(self.client, size)
+        picture = Image.frombuffer("RGBX", (size, size), np.where(body, pixels, _background(size)))
+        return np.array(picture.reduce(SUPERSAMPLE))[..., :3]
 
     def _info(self):
         target, distractor = self.target_position, self.distractor_position
