@@ -285,20 +285,25 @@ class TaskLoader:
 
     A batch has B different tasks; of each K support and Q query demos, all different, and F control
     samples of each of the two sets, every one at a random time of a random demo of its set: uniform
-    for early = 1, else T u^early with a uniform u, which favours the demo's beginning. It is a dict of uint8 and float32 arrays, U for support and q for query:
+    for early = 1, else T u^early with a uniform u, which favours the demo's beginning. With
+    `random_support` every batch draws its K from 1 to the K given. With `mirror` half of the tasks
+    are seen in a mirror, all their demos alike.
+
+    It is a dict of uint8 and float32 arrays, U for support and q for query:
     `ends_U` (B, K, 2, H, W, 3), `ends_q` (B, Q, 2, H, W, 3), `images` (B, 2, F, H, W, 3),
-    `states` (B, 2, F, 20), `actions` (B, 2, F, 7), with U before q on axis 1; and `tasks` (B,),
-    `demos` (B, K + Q), `control_demos` (B, 2, F), `times` (B, 2, F) that tell what was drawn.
-    Batches are prepared ahead on a background thread. Raises UserError if B or K + Q are too many.
+    `states` (B, 2, F, 20), `actions` (B, 2, F, 7), with U before q on axis 1. And `tasks` (B,),
+    `mirrored` (B,), `demos` (B, K + Q), `control_demos` (B, 2, F), `times` (B, 2, F) tell what was
+    drawn. Batches are prepared ahead on a background thread. Raises UserError if B or K + Q are too many.
     """
 
-    def __init__(self, task_set, B, K, Q, F, seed, early=1.0, ahead=3):
+    def __init__(self, task_set, B, K, Q, F, seed, early=1.0, random_support=False, mirror=False, ahead=3):
         if B > task_set.n_tasks:
             raise UserError(f"a batch of {B} tasks needs as many, the data set has {task_set.n_tasks}: lower --batch")
         if K + Q > task_set.n_demos:
             raise UserError(f"K + Q = {K} + {Q} demos are more than the {task_set.n_demos} of a task: "
                             "lower --support or --query")
         self.task_set, self.B, self.K, self.Q, self.F, self.seed, self.early = task_set, B, K, Q, F, seed, early
+        self.random_support, self.mirror = random_support, mirror
         self.position = 0
         self._pool, self._ahead, self._queue = ThreadPoolExecutor(1), ahead, collections.deque()
 
@@ -306,7 +311,10 @@ class TaskLoader:
         """The batch at a position of the sequence."""
         data, B, K, Q, F = self.task_set, self.B, self.K, self.Q, self.F
         rng = np.random.default_rng([self.seed, position])
+        if self.random_support:
+            K = int(rng.integers(1, K + 1))
         tasks = rng.choice(data.n_tasks, B, replace=False)
+        mirrored = rng.random(B) < 0.5 * self.mirror
         demos = np.stack([rng.choice(data.n_demos, K + Q, replace=False) for _ in tasks])
         picks = np.stack([rng.integers(0, K, (B, F)), rng.integers(K, K + Q, (B, F))], 1)  # (B, 2, F)
         control_demos = np.take_along_axis(demos[:, None], picks, 2)  # (B, 2, F)
@@ -315,9 +323,14 @@ class TaskLoader:
         images = np.empty((B, 2, F, *data.frame_shape), np.uint8)
         for i, j, k in np.ndindex(B, 2, F):
             images[i, j, k] = data.frame(tasks[i], control_demos[i, j, k], times[i, j, k])
-        return {"ends_U": data.ends[tasks[:, None], demos[:, :K]], "ends_q": data.ends[tasks[:, None], demos[:, K:]],
-                "images": images, "states": data.states[at], "actions": data.actions[at],
-                "tasks": tasks, "demos": demos, "control_demos": control_demos, "times": times}
+        batch = {"ends_U": data.ends[tasks[:, None], demos[:, :K]], "ends_q": data.ends[tasks[:, None], demos[:, K:]],
+                 "images": images, "states": data.states[at], "actions": data.actions[at]}
+        for name in ("ends_U", "ends_q", "images"):
+            batch[name][mirrored] = batch[name][mirrored][..., ::-1, :]
+        batch["states"][mirrored] *= sim.MIRRORED_STATE
+        batch["actions"][mirrored] *= sim.MIRRORED_ACTION
+        return {**batch, "tasks": tasks, "mirrored": mirrored, "demos": demos, "control_demos": control_demos,
+                "times": times}
 
     def __iter__(self):
         return self

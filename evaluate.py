@@ -73,7 +73,7 @@ class RandomPolicy:
 
 def rollout(env, policy, task, seed, film=None):
     """One trial: a dict with success, final_distance and distractor_displacement; frames go to `film`."""
-    obs, info = env.reset(seed=seed, options={"task": task})
+    obs, info = env.reset(seed=seed, options={"task": task, "swap": task.index % 2 == 1})
     for _ in range(sim.HORIZON):
         if film is not None:
             film.append(obs["image"])
@@ -100,7 +100,8 @@ def _run_task(job):
     policy.adapt(demos)
     rows, film = [], [] if filmed else None
     for trial in range(trials):
-        trial_seed = int(np.random.default_rng([seed, sim.SPLITS.index(split), index, trial]).integers(2 ** 31))
+        scene = [seed, sim.SPLITS.index(split), index // 2, trial]  # the same for both tasks of a pair
+        trial_seed = int(np.random.default_rng(scene).integers(2 ** 31))
         rows.append({"task": index, "trial": trial,
                      **rollout(env, policy, task, trial_seed, film if trial == 0 else None)})
     env.close()

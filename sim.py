@@ -49,6 +49,10 @@ HORIZON = 100  # control steps, 5 s
 IMAGE_SIZE = 125  # pixels
 STATE_DIM = 20  # 7 joint angles, 7 joint velocities, end effector (3), goal (3)
 ACTION_DIM = 7
+# Seen in a mirror, y for -y, a scene is a scene too (but for the links' centres of mass, a few centimetres
+# off the plane: an expert's mirrored action is off by 0.007 rms). Signs of the joints, the state, the action:
+MIRRORED_ACTION = np.array([-1, 1, -1, 1, -1, 1, -1], np.float32)
+MIRRORED_STATE = np.concatenate([MIRRORED_ACTION, MIRRORED_ACTION, np.float32([1, -1, 1, 1, -1, 1])])
 GOAL_RADIUS = 0.08  # of the drawn disc
 SUCCESS_DISTANCE = 0.017 ** 0.5  # the rule squares it; laxer than the disc
 SUCCESS_STEPS = 10  # control steps within SUCCESS_DISTANCE
@@ -245,7 +249,9 @@ class PushEnv:
     def reset(self, *, seed=None, options=None):
         """Start an episode; `options` holds the `task` and, if wanted, the target's `side` (1 or -1).
 
-        Returns (obs, info). Raises ValueError without a task.
+        With the option `swap` the distractor is placed first, the target second: the tasks of a pair,
+        one of them swapped, start from the same scene for the same seed. Returns (obs, info). Raises
+        ValueError without a task.
         """
         options = options or {}
         if "task" not in options:
@@ -259,8 +265,7 @@ class PushEnv:
         unseen = client.createVisualShape(client.GEOM_BOX, halfExtents=(0.01,) * 3, visualFramePosition=(0, 0, -99))
         table = client.createMultiBody(0, client.createCollisionShape(client.GEOM_PLANE), unseen)
         client.changeDynamics(table, -1, lateralFriction=1)
-        side = options.get("side") or self._rng.choice((-1, 1))
-        self._place_objects(side)
+        self._place_objects(options.get("side"), options.get("swap", False))
         self._load_arm()
         self.steps = self.steps_at_goal = 0
         self._distractor_start = self.distractor_position
@@ -306,20 +311,23 @@ class PushEnv:
         """(3,) position of the distractor's centre."""
         return np.array(self.client.getBasePositionAndOrientation(self.distractor)[0])
 
-    def _place_objects(self, side):
-        bodies = (self.task.target, self.task.distractor)
+    def _place_objects(self, side, swap):
+        bodies = [self.task.target, self.task.distractor]
+        first_side = side * (1 - 2 * swap) if side else self._rng.choice((-1, 1))
+        if swap:
+            bodies.reverse()
         clearance = max(OBJECT_CLEARANCE, sum(body_shape(body)[2] for body in bodies))
         places = []
-        while len(places) < 2:  # the target, then the distractor on the other side
-            sign = side * (-1) ** len(places)
+        while len(places) < 2:  # the second body on the other side
+            sign = first_side * (-1) ** len(places)
             place = np.array([self._rng.uniform(*START_X), sign * self._rng.uniform(*START_Y)])
             if np.linalg.norm(place) > GOAL_CLEARANCE:
                 places.append(place)
             if len(places) == 2 and np.linalg.norm(places[0] - places[1]) <= clearance:
                 places.clear()
         turns = [self.client.getQuaternionFromEuler((0, 0, self._rng.uniform(-np.pi, np.pi))) for _ in bodies]
-        self.target, self.distractor = ids = [
-            self._load_body(body, place, turn) for body, place, turn in zip(bodies, places, turns)]
+        ids = [self._load_body(body, place, turn) for body, place, turn in zip(bodies, places, turns)]
+        self.target, self.distractor = reversed(ids) if swap else ids
         for _ in range(SUBSTEPS * CONTROL_HZ // 2):  # half a second to come to rest, then back to the place
             self.client.stepSimulation()
         for body, place in zip(ids, places):

@@ -259,6 +259,51 @@ def test_an_episode_depends_on_task_and_seed_only():
     other.close()
 
 
+def test_the_tasks_of_a_pair_start_from_the_same_scene():
+    """So that a policy that is not told the task does the same in both, and solves one of them at best."""
+    frames, places = [], []
+    for index in (4, 5):
+        env = sim.PushEnv()
+        obs, _ = env.reset(seed=3, options={"task": sim.make_task("test", index), "swap": index == 5})
+        rng = np.random.default_rng(0)
+        frames.append([obs["image"]] + [env.step(rng.uniform(-1, 1, 7))[0]["image"] for _ in range(40)])
+        places.append([env.target_position, env.distractor_position])
+        env.close()
+    assert (np.array(frames[0]) == frames[1]).all()
+    assert (np.array(places[0]) == places[1][::-1]).all()
+
+
+@pytest.mark.parametrize("swap", [False, True])
+def test_the_target_starts_on_the_side_asked_for(swap):
+    env = sim.PushEnv(render=False)
+    for side in (-1, 1):
+        env.reset(seed=1, options={"task": sim.make_task("test", 0), "side": side, "swap": swap})
+        assert env.target_position[1] * side > 0 > env.distractor_position[1] * side
+    env.close()
+
+
+def test_the_mirrored_arm():
+    """Mirrored joints give the mirrored state and picture, and nearly the mirrored action (objects out of sight)."""
+    env, rng = sim.PushEnv(), np.random.default_rng(0)
+    env.reset(seed=0, options={"task": sim.make_task("train", 0)})
+    for body in (env.target, env.distractor):
+        env.client.resetBasePositionAndOrientation(body, (5, 5, 0.1), (0, 0, 0, 1))
+    for _ in range(5):
+        q = (0.3, 1.7, 0, -1.7, 0, -0.4, 0.3) + rng.normal(0, 0.05, 7)  # well in view, on one side
+        dq, twist = rng.normal(0, 0.1, 7), rng.normal(0, 0.1, 6)
+        observations, actions = [], []
+        for joints, axes in ((1, 1), (sim.MIRRORED_ACTION, (1, -1, 1, -1, 1, -1))):
+            for joint in range(7):
+                env.client.resetJointState(env.arm, joint, (q * joints)[joint], (dq * joints)[joint])
+            observations.append(env._observe())
+            actions.append(sim._joint_control(env, twist * axes, np.zeros(2)))
+        (one, other), images = (obs["state"] for obs in observations), [obs["image"].astype(int) for obs in observations]
+        np.testing.assert_allclose(one * sim.MIRRORED_STATE, other, atol=1e-6)
+        assert 2 * np.abs(images[0][:, ::-1] - images[1]).mean() < np.abs(images[0] - images[1]).mean()
+        assert (actions[0] * sim.MIRRORED_ACTION - actions[1]).std() < 0.05 < (actions[0] - actions[1]).std()
+    env.close()
+
+
 def test_the_picture_belongs_to_the_state_and_is_complete(monkeypatch):
     """Same picture as drawn anew, with every link of the arm and the table behind it."""
     def film(seed):
@@ -357,6 +402,22 @@ def test_loader(data_set):
     fresh.load_state_dict(state)
     got = next(fresh)
     assert all((got[name] == expected[name]).all() for name in expected)
+
+
+def test_mirrored_batches(data_set):
+    tasks = data.TaskSet(data_set, "train")
+    plain, mirrored = (data.TaskLoader(tasks, B=4, K=1, Q=1, F=2, seed=0, mirror=mirror).batch(1) for mirror in (False, True))
+    assert not plain["mirrored"].any() and 0 < mirrored["mirrored"].sum() < 4
+    for i, flipped in enumerate(mirrored["mirrored"]):
+        for name in ("ends_U", "ends_q", "images"):
+            assert (mirrored[name][i] == (plain[name][i][..., ::-1, :] if flipped else plain[name][i])).all()
+        for name, signs in (("states", sim.MIRRORED_STATE), ("actions", sim.MIRRORED_ACTION)):
+            assert (mirrored[name][i] == plain[name][i] * (signs if flipped else 1)).all()
+
+
+def test_random_support(data_set):
+    loader = data.TaskLoader(data.TaskSet(data_set, "train"), B=2, K=3, Q=1, F=1, seed=0, random_support=True)
+    assert {loader.batch(i)["ends_U"].shape[1] for i in range(20)} == {1, 2, 3}
 
 
 @pytest.mark.parametrize("early, share", [(1, 0.01), (3, 0.01 ** (1 / 3))])

@@ -38,10 +38,12 @@ OPTIONS = {
     "minutes": (number(float, 0.1), 60.0, "training time, turned into a number of steps by a calibration"),
     "steps": (number(int, 20), None, "number of steps, in place of --minutes"),
     "batch": (number(int, 2), 32, "B, tasks a step"),
-    "support": (number(int, 1), 1, "K, support demos a task"),
+    "support": (number(int, 1), 5, "K, support demos a task"),
+    "random_support": (number(int, 0, 1), 1, "1: every step draws its K from 1 to --support"),
     "query": (number(int, 1), 1, "Q, query demos a task"),
     "samples": (number(int, 1), 4, "control samples of the support and of the query set a task"),
     "early": (number(float, 1, 10), 3.0, "times of control samples are T u^early: 1 uniform (paper), more favours the start"),
+    "mirror": (number(int, 0, 1), 1, "1: half of the tasks are seen in a mirror"),
     "chunk": (number(int, 1), 256, "images a backward pass holds in memory"),
     "lr": (number(float, 0, 1), 1e-3, "Adam's learning rate, the peak of the schedule"),
     "schedule": (choice("one-cycle", "constant"), "one-cycle", "of the learning rate: one-cycle or constant"),
@@ -62,8 +64,8 @@ FULL_DATA = {"tasks": {"train": 693, "val": 76, "test": 74}, "demos": 12, "seed"
 SMOKE_DATA = {"tasks": {"train": 16, "val": 4, "test": 4}, "demos": 6, "seed": 0}
 PRESETS = {
     "ours": {},
-    "paper": dict(batch=64, support=5, query=5, samples=1, early=1.0, lr=5e-4, schedule="constant", steps=400_000,
-                  lambda_U=0.1, lambda_q=0.1),
+    "paper": dict(batch=64, support=5, random_support=0, query=5, samples=1, early=1.0, mirror=0, lr=5e-4,
+                  schedule="constant", steps=400_000, lambda_U=0.1, lambda_q=0.1),
     "smoke": dict(data="data/smoke", batch=8, support=2, query=2, minutes=1.0, validate_every=50,
                   validation_batches=2),
 }
@@ -173,8 +175,9 @@ class Run:
         self.model.bfloat16 = bool(options["bfloat16"])
         self.optimiser = torch.optim.Adam(self.model.parameters(), lr=options["lr"])
         sizes = [options[name] for name in ("support", "query", "samples")]
-        self.loader = TaskLoader(task_set, options["batch"], *sizes, options["seed"], options["early"])
-        self.val_loader = TaskLoader(val_set, min(options["batch"], val_set.n_tasks), *sizes, seed=0)  # uniform times
+        self.loader = TaskLoader(task_set, options["batch"], *sizes, options["seed"], options["early"],
+                                 bool(options["random_support"]), bool(options["mirror"]))
+        self.val_loader = TaskLoader(val_set, min(options["batch"], val_set.n_tasks), 1, *sizes[1:], seed=0)  # one shot
         self.step, self.seconds, self.best, self.log, self.terms = 0, 0.0, float("inf"), [], []
         self.steps = checkpoint["steps"] if checkpoint else options["steps"] or self.calibrate()
         if options["schedule"] == "constant":
