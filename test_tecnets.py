@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import benchmark
 import data
 import evaluate
 import sim
@@ -158,6 +159,19 @@ def test_chunked_backward_equals_one_big_backward(chunk, options):
     assert losses["loss"].item() == pytest.approx(plain.item(), rel=1e-9)
     for name in expected:
         torch.testing.assert_close(got[name], expected[name], rtol=1e-8, atol=1e-10, msg=name)
+
+
+def test_the_benchmark_compares_equals():
+    """Its plain training step and action are those of the method."""
+    model, plain, batch = small_model(), small_model().to(memory_format=torch.contiguous_format), benchmark.random_batch(5, 13)
+    batch = {name: values if values.dtype == torch.uint8 else values.double() for name, values in batch.items()}
+    model.backward(batch)
+    benchmark.plain_step(plain, batch)
+    for p, q in zip(model.parameters(), plain.parameters()):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=1e-12)
+    images, states, s = batch["images"][:, 0, 0], batch["states"][:, 0, 0], torch.randn(5, 20, dtype=torch.float64)
+    torch.testing.assert_close(model.predict(images[:, None], states[:, None], s)[:, 0],
+                               benchmark.plain_control(plain.control_net, images, states, s))
 
 
 def test_control_loss_trains_the_embedding_net():
