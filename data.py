@@ -8,11 +8,19 @@ finished by the same command; a larger `--train` adds tasks. The bytes depend on
 """
 import argparse
 import collections
+import contextlib
 import fcntl
+import hashlib
+import io
+import itertools
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
+import pickle
+import signal
 import sys
+import threading
 import time
 import zipfile
 import zlib
@@ -21,10 +29,11 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
+from PIL import Image, ImageSequence
 
 import sim
 
-VERSION = 1
+VERSION = 2
 NOISE = 0.1  # std of the noise on a demonstration's executed actions; the clean ones are recorded
 CLEAN_ATTEMPTS = 20  # from here on a demo may end up to SUCCESS_DISTANCE off or move the distractor
 ATTEMPTS = 40
@@ -48,11 +57,17 @@ def fail(message):
 
 
 def command(main):
-    """Run a command-line program: a UserError or a failing disk is one line and exit code 2."""
+    """Run a command-line program: a UserError or a failing disk is one line and exit code 2.
+
+    Ctrl-C and SIGTERM end it and its workers at once; what was done is on the disk.
+    """
+    signal.signal(signal.SIGTERM, lambda number_, _: sys.exit(128 + number_))
     try:
         main()
     except (UserError, OSError) as error:
         fail(error)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
 
 
 def number(kind, low, high=1e9):
@@ -81,21 +96,49 @@ def progress(line, end=False):
         print(f"\r{line}\033[K", end="\n" if end else "", file=sys.stderr, flush=True)
 
 
-def parallel(function, jobs, workers, **options):
-    """Yield `function(job)` for all jobs as they finish, in fresh processes; `options` go to the executor.
+def parallel(function, jobs, workers, initializer=None, initargs=()):
+    """Yield `function(job)` for all jobs as they finish, in fresh processes that end with this one.
 
     Raises UserError if a process dies, as it does for lack of memory.
     """
     os.environ |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}  # inherited: a core for every process
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max(1, min(workers, len(jobs))), mp_context=context, **options) as pool:
+    pool = ProcessPoolExecutor(max(1, min(workers, len(jobs))), context, _start_worker, (initializer, initargs))
+    try:
+        for future in as_completed([pool.submit(function, job) for job in jobs]):
+            yield future.result()
+    except BrokenProcessPool:
+        raise UserError("a worker process died, perhaps for lack of memory: run the same command with fewer --workers")
+    except BaseException:
+        for child in multiprocessing.active_children():
+            child.kill()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker(initializer, initargs):
+    def follow():
+        multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+        os._exit(1)
+    threading.Thread(target=follow, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent decides
+    if initializer:
+        initializer(*initargs)
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Make a folder and keep other processes from writing to it. Raises UserError if one does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
         try:
-            for future in as_completed([pool.submit(function, job) for job in jobs]):
-                yield future.result()
-        except BrokenProcessPool:
-            raise UserError("a worker process died, perhaps for lack of memory: run the same command with fewer --workers")
-        finally:
-            pool.shutdown(cancel_futures=True)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder} is being written by another process: wait for it or choose another folder")
+        for stale in folder.glob("**/*.tmp"):
+            stale.unlink()
+        yield
 
 
 def write_atomically(path, write):
@@ -109,6 +152,22 @@ def write_atomically(path, write):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_checked(path, write):
+    """As write_atomically, and the SHA-256 of what was written as the last 32 bytes (zip readers skip them)."""
+    buffer = io.BytesIO()
+    write(buffer)
+    content = buffer.getbuffer()
+    write_atomically(path, lambda file: file.writelines((content, hashlib.sha256(content).digest())))
+
+
+def read_checked(path):
+    """What write_checked wrote, as a memoryview. Raises ValueError if a single bit differs."""
+    content = memoryview(Path(path).read_bytes())
+    if hashlib.sha256(content[:-32]).digest() != content[-32:]:
+        raise ValueError("checksum")
+    return content[:-32]
 
 
 # Recording ------------------------------------------------------------------------------------
@@ -140,21 +199,21 @@ def record_demo(env, task, number_, seed):
     raise RuntimeError(f"the expert failed {ATTEMPTS} times on {task}")
 
 
-def _write_task(job):
+def _record_task(job):
     folder, split, index, demos, seed = job
     env = sim.PushEnv()
-    states, actions, frames = [], [], []
-    for number_ in range(demos):
-        demo = record_demo(env, sim.make_task(split, index), number_, seed)
-        states.append(demo["states"])
-        actions.append(demo["actions"])
-        frames += [zlib.compress(frame.tobytes(), 1) for frame in demo["frames"]]
+    _write_task(folder, split, index, [record_demo(env, sim.make_task(split, index), i, seed) for i in range(demos)])
     env.close()
-    arrays = {"states": np.stack(states), "actions": np.stack(actions),
+    return split, index
+
+
+def _write_task(folder, split, index, demos):
+    frames = [zlib.compress(frame.tobytes(), 1) for demo in demos for frame in demo["frames"]]
+    arrays = {"states": np.stack([demo["states"] for demo in demos]),
+              "actions": np.stack([demo["actions"] for demo in demos]),
               "frames": np.frombuffer(b"".join(frames), np.uint8),
               "offsets": np.cumsum([0] + [len(frame) for frame in frames])}
-    write_atomically(task_path(folder, split, index), lambda file: np.savez(file, **arrays))
-    return split, index
+    write_checked(task_path(folder, split, index), lambda file: np.savez(file, **arrays))
 
 
 def task_path(folder, split, index):
@@ -166,37 +225,48 @@ def generate(folder, counts, demos, seed, workers=None):
 
     Raises UserError if the folder holds data of other settings or is being written by another process.
     """
-    folder = Path(folder)
-    for split in counts:
-        (folder / split).mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{folder} is being written by another process: wait for it or choose another --out")
-        manifest = dict(version=VERSION, seed=seed, demos=demos, noise=NOISE, horizon=sim.HORIZON,
-                        image_size=sim.IMAGE_SIZE, tasks=counts)
+    manifest = dict(version=VERSION, seed=seed, demos=demos, noise=NOISE, horizon=sim.HORIZON,
+                    image_size=sim.IMAGE_SIZE, tasks=counts)
+    _make(Path(folder), manifest, _record_task, lambda split, index: (folder, split, index, demos, seed), workers)
+
+
+def _make(folder, manifest, write, job, workers):
+    """Call `write(job(split, index))` in parallel for all tasks of the manifest that are not there yet."""
+    with locked(folder):
+        counts = manifest["tasks"]
         if (folder / "manifest.json").exists():
             old = read_manifest(folder)
-            manifest["tasks"] = {split: max(counts.get(split, 0), old["tasks"].get(split, 0)) for split in sim.SPLITS}
-            if {**old, "tasks": manifest["tasks"]} != manifest:
+            tasks = {split: max(counts.get(split, 0), old["tasks"].get(split, 0)) for split in sim.SPLITS}
+            manifest = {**manifest, "tasks": tasks}
+            if {**old, "tasks": tasks} != manifest:
                 raise UserError(f"{folder} holds data with other settings (seed {old['seed']}, {old['demos']} demos): "
                                 "give the same, or choose another --out")
-        write_atomically(folder / "manifest.json",
-                         lambda file: file.write(json.dumps(manifest, indent=1).encode()))
-        for stale in folder.glob("*/*.tmp"):
-            stale.unlink()
-        jobs = [(folder, split, index, demos, seed) for split in counts for index in range(counts[split])
+        write_manifest(folder, manifest)
+        jobs = [job(split, index) for split in counts for index in range(counts[split])
                 if not task_path(folder, split, index).exists()]
         start = time.monotonic()
-        for done, (split, index) in enumerate(parallel(_write_task, jobs, workers or os.cpu_count()), 1):
+        for done, (split, index) in enumerate(parallel(write, jobs, workers or os.cpu_count()), 1):
             seconds = time.monotonic() - start
-            progress(f"{split} {index}: {done}/{len(jobs)} tasks, {done * demos * sim.HORIZON / seconds:.0f} "
-                     f"frames/s, {seconds / done * (len(jobs) - done) / 60:.1f} min left", end=done == len(jobs))
+            progress(f"{split} {index}: {done}/{len(jobs)} tasks, "
+                     f"{done * manifest['demos'] * manifest['horizon'] / seconds:.0f} frames/s, "
+                     f"{seconds / done * (len(jobs) - done) / 60:.1f} min left", end=done == len(jobs))
+
+
+def write_manifest(folder, manifest):
+    for split in manifest["tasks"]:
+        (folder / split).mkdir(exist_ok=True)
+    text = json.dumps({**manifest, "sha256": _digest(manifest)}, indent=1)
+    write_atomically(folder / "manifest.json", lambda file: file.write(text.encode()))
+
+
+def _digest(manifest):
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def data_command(folder, manifest):
     """The command that makes or finishes a data set."""
+    if manifest["seed"] is None:
+        return f"python data.py --out {folder} --from-mil DIR"
     tasks = " ".join(f"--{split} {count}" for split, count in manifest["tasks"].items())
     return f"python data.py --out {folder} {tasks} --demos {manifest['demos']} --seed {manifest['seed']}"
 
@@ -206,14 +276,89 @@ def read_manifest(folder):
     path = Path(folder) / "manifest.json"
     try:
         manifest = json.loads(path.read_text())
-        version = manifest["version"]
-    except FileNotFoundError:
+        version, digest = manifest["version"], manifest.pop("sha256", None)
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"no data set in {folder}: make one with python data.py --out {folder}")
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is damaged: delete {folder} and make it anew with python data.py")
-    if version != VERSION:
+        version = digest = None
+    if isinstance(version, int) and version != VERSION:
         raise UserError(f"{folder} has format version {version}, this program reads {VERSION}: make it anew")
+    if version is None or digest != _digest(manifest):
+        raise UserError(f"{path} is damaged: delete it and run the same python data.py again")
     return manifest
+
+
+# The MIL benchmark's published folders ---------------------------------------------------------
+
+MIL_DEMOS = range(6, 18)  # of 24: those that the papers use, the target on either side
+MIL_SHAPES = {"demoX": (24, 100, sim.STATE_DIM), "demoU": (24, 100, sim.ACTION_DIM)}
+
+
+def import_mil(source, folder, val, workers=None):
+    """Turn MIL's folders (or folders of them) into a data set; the last `val` training tasks validate.
+
+    A training task is `demos_I.pkl`, a test task `I.pkl`, each beside its `object_I/condJ.samp0.gif`.
+    Raises UserError for missing or damaged files and for pickles that hold more than arrays.
+    """
+    found = [path for pattern in ("*.pkl", "*/*.pkl") for path in Path(source).glob(pattern)]
+    found = sorted((int(path.stem.removeprefix("demos_")), path) for path in found
+                   if path.stem.removeprefix("demos_").isdecimal())
+    paths = {"train": [path for _, path in found if path.stem.startswith("demos_")],
+             "test": [path for _, path in found if not path.stem.startswith("demos_")]}
+    if not 0 < val < len(paths["train"]):
+        raise UserError(f"{source} holds {len(paths['train'])} training tasks (demos_*.pkl): "
+                        "give the folder of MIL's data, and a --val below that number")
+    paths["train"], paths["val"] = paths["train"][:-val], paths["train"][-val:]
+    manifest = dict(version=VERSION, seed=None, demos=len(MIL_DEMOS), noise=None, horizon=sim.HORIZON,
+                    image_size=sim.IMAGE_SIZE, tasks={split: len(paths[split]) for split in sim.SPLITS})
+    _make(Path(folder), manifest, _import_task, lambda split, index: (folder, split, index, paths[split][index]), workers)
+
+
+def _import_task(job):
+    folder, split, index, path = job
+    try:
+        with open(path, "rb") as file:
+            content = _ArraysUnpickler(file, encoding="latin1").load()
+        arrays = {name: np.asarray(content[name]).astype(np.float32) for name in MIL_SHAPES}
+        if any(arrays[name].shape != shape or not np.isfinite(arrays[name]).all() for name, shape in MIL_SHAPES.items()):
+            raise ValueError("shape")
+    except OSError:
+        raise
+    except Exception as error:  # a damaged pickle raises whatever its bytes lead to
+        raise UserError(f"{path} does not hold MIL's demoX and demoU ({error}): download it again")
+    folder_ = path.parent / f"object_{path.stem.removeprefix('demos_')}"
+    _write_task(folder, split, index, [{"states": arrays["demoX"][i], "actions": arrays["demoU"][i],
+                                        "frames": _read_gif(folder_ / f"cond{i}.samp0.gif")} for i in MIL_DEMOS])
+    return split, index
+
+
+class _ArraysUnpickler(pickle.Unpickler):
+    """A pickle of strangers is code: only what builds numpy arrays and plain containers is admitted."""
+
+    def find_class(self, module, name):
+        admitted = {"numpy.ndarray": "an array", "numpy.dtype": np.dtype, "_codecs.encode": lambda text, _: text.encode("latin1"),
+                    **dict.fromkeys(("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct"),
+                                    lambda *_: np.empty(0))}
+        if f"{module}.{name}" not in admitted:
+            raise pickle.UnpicklingError(f"{module}.{name} is not admitted")
+        return admitted[f"{module}.{name}"]
+
+
+def _read_gif(path):
+    """The frames (100, 125, 125, 3) uint8 of one of MIL's GIFs."""
+    size = (sim.IMAGE_SIZE, sim.IMAGE_SIZE)
+    try:
+        with Image.open(path, formats=["GIF"]) as gif:
+            if gif.size != size:  # before any pixel is read
+                raise ValueError(f"{gif.size} pixels")
+            frames = [np.array(frame.convert("RGB")) for frame in itertools.islice(ImageSequence.Iterator(gif), sim.HORIZON + 1)]
+        if len(frames) != sim.HORIZON:
+            raise ValueError(f"{len(frames)} frames or more")
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: download it again")
+    except Exception as error:  # Pillow raises whatever the damaged bytes lead to
+        raise UserError(f"{path} is not a GIF of {sim.HORIZON} frames of {size} pixels ({error}): download it again")
+    return np.stack(frames)
 
 
 # Reading --------------------------------------------------------------------------------------
@@ -250,34 +395,47 @@ class TaskSet:
                     self.ends[task, demo, end] = self.frame(task, demo, time_)
 
     def _read(self, path):
-        """A task's arrays, their checksums verified."""
+        """A task's arrays, checked: `states`, `actions`, `offsets`, `frames`."""
         demos, horizon = self.manifest["demos"], self.manifest["horizon"]
+        shapes = {"states": ((demos, horizon, sim.STATE_DIM), "<f4"), "actions": ((demos, horizon, sim.ACTION_DIM), "<f4"),
+                  "offsets": ((demos * horizon + 1,), "<i8")}
+        remedy = data_command(path.parents[1], self.manifest)
         try:
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
-            with np.load(path, allow_pickle=False) as archive:
-                arrays = dict(archive)
-            shapes = {name: arrays[name].shape for name in ("states", "actions", "offsets")}
+            content = read_checked(path)
+            with zipfile.ZipFile(io.BytesIO(content)) as archive:
+                arrays = {name: _read_array(archive, name, *shapes[name]) for name in shapes}
+                arrays["frames"] = _read_array(archive, "frames", (int(arrays["offsets"][-1]),), "|u1")
         except FileNotFoundError:
-            raise UserError(f"{path} is missing: finish the data set with {data_command(path.parents[1], self.manifest)}")
-        except (ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
-            damaged, shapes = error, None
-        if damaged or shapes != {"states": (demos, horizon, sim.STATE_DIM), "actions": (demos, horizon, sim.ACTION_DIM),
-                                 "offsets": (demos * horizon + 1,)}:
-            raise UserError(f"{path} is damaged: delete it and run {data_command(path.parents[1], self.manifest)}")
+            raise UserError(f"{path} is missing: finish the data set with {remedy}")
+        except (ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile):
+            raise UserError(f"{path} is damaged: delete it and run {remedy}")
         return arrays
 
     def frame(self, task, demo, time_):
         """The frame (H, W, 3) uint8 at one time of one demo."""
         at = demo * self.horizon + time_
         start, stop = self._offsets[task][at:at + 2]
-        pixels = zlib.decompress(self._frames[task][start:stop], bufsize=int(np.prod(self.frame_shape)))
-        return np.frombuffer(pixels, np.uint8).reshape(self.frame_shape)
+        try:
+            pixels = zlib.decompressobj().decompress(self._frames[task][start:stop], int(np.prod(self.frame_shape)))
+            return np.frombuffer(pixels, np.uint8).reshape(self.frame_shape)
+        except (zlib.error, ValueError):
+            raise UserError(f"task {task}, demo {demo}, time {time_}: not a frame of {self.frame_shape}; make the data anew")
 
     def state_statistics(self):
         """Mean and standard deviation (20,) of the states, the latter at least STATE_STD_FLOOR."""
         states = self.states.reshape(-1, self.states.shape[-1]).astype(np.float64)
         return states.mean(0).astype(np.float32), np.maximum(states.std(0), STATE_STD_FLOOR).astype(np.float32)
+
+
+def _read_array(archive, name, shape, dtype):
+    """An array of an npz archive; no memory is taken unless its header promises this shape and type."""
+    if archive.getinfo(name + ".npy").compress_type != zipfile.ZIP_STORED:
+        raise ValueError("compressed")
+    with archive.open(name + ".npy") as file:
+        np.lib.format.read_magic(file)
+        if np.lib.format.read_array_header_1_0(file) != (shape, False, np.dtype(dtype)):
+            raise ValueError("shape")
+        return np.frombuffer(file.read(), dtype).reshape(shape)
 
 
 class TaskLoader:
@@ -359,9 +517,13 @@ def main():
     parser.add_argument("--demos", type=number(int, 2), default=12, help="demonstrations a task")
     parser.add_argument("--workers", type=number(int, 1), default=os.cpu_count(), help="processes")
     parser.add_argument("--seed", type=number(int, 0), default=0, help="seed of all demonstrations")
+    parser.add_argument("--from-mil", metavar="DIR", help="import MIL's published data; the last --val tasks validate")
     args = parser.parse_args()
-    counts = {"test": args.test, "val": args.val, "train": args.train}
-    generate(args.out, counts, args.demos, args.seed, args.workers)
+    if args.from_mil:
+        import_mil(args.from_mil, args.out, args.val, args.workers)
+    else:
+        counts = {"test": args.test, "val": args.val, "train": args.train}
+        generate(args.out, counts, args.demos, args.seed, args.workers)
     tasks = read_manifest(args.out)["tasks"]
     size = sum(path.stat().st_size for path in Path(args.out).glob("*/*.npz"))
     print(f"{args.out}: {tasks['train']} + {tasks['val']} + {tasks['test']} tasks, {size / 1e9:.2f} GB")

@@ -6,9 +6,11 @@
 
 The default protocol is the paper's: 74 test tasks x 6 trials, one demonstration and five. Prints a
 table and writes DIR/results.json with a row for every trial. The rows depend on the seed only,
-whatever the number of workers. Demonstrations come from the data set, or are recorded on the fly.
+whatever the number of workers. An interrupted evaluation goes on with the same command: every
+finished trial is in DIR/trials.jsonl. Demonstrations come from the data set, or are recorded on the fly.
 """
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -20,13 +22,14 @@ import torch
 from PIL import Image, ImageDraw
 
 import sim
-from data import Parser, TaskSet, UserError, command, number, parallel, progress, record_demo, write_atomically
+from data import (Parser, TaskSet, UserError, command, locked, number, parallel, progress, record_demo,
+                  write_atomically)
 from train import FULL_DATA, load_model
 
 POLICIES = ("tecnets", "expert", "random", "no-demo")
 
 
-# A policy: adapt(demos) once a task, then act(obs) at every step. `demos` is a list of dicts with
+# A policy: adapt(demos) before a trial, then act(obs) at every step. `demos` is a list of dicts with
 # the `frames` (T, H, W, 3) uint8 of a demonstration, of which a policy may use what it likes.
 
 class TecNetsPolicy:
@@ -82,7 +85,7 @@ def rollout(env, policy, task, seed, film=None):
             "distractor_displacement": round(info["distractor_displacement"], 5)}
 
 
-# Workers --------------------------------------------------------------------------------------
+# Trials ---------------------------------------------------------------------------------------
 
 def _start_worker(checkpoint):
     global _model
@@ -91,49 +94,79 @@ def _start_worker(checkpoint):
 
 
 def _run_task(job):
-    """All trials of one task with one number of shots: rows, and frames (demo, rollout) when filmed."""
-    policy_name, split, index, trials, seed, demos, demo_seed, filmed = job
-    task, env = sim.make_task(split, index), sim.PushEnv(render=policy_name in ("tecnets", "no-demo") or filmed)
+    """The trials of one task with one number of shots: rows, each also appended to the record."""
+    policy_name, split, index, trials, shots, seed, demos, demo_seed, film_to, record = job
+    task = sim.make_task(split, index)
+    env = sim.PushEnv(render=policy_name in ("tecnets", "no-demo") or bool(film_to))
     demos = [record_demo(env, task, demo, demo_seed) if isinstance(demo, int) else demo for demo in demos]
-    policy = {"tecnets": lambda: TecNetsPolicy(_model), "no-demo": lambda: NoDemoPolicy(_model),
-              "expert": lambda: ExpertPolicy(env), "random": lambda: RandomPolicy([seed, index])}[policy_name]()
-    policy.adapt(demos)
-    rows, film = [], [] if filmed else None
-    for trial in range(trials):
+    rows = []
+    for trial in trials:
+        policy = {"tecnets": lambda: TecNetsPolicy(_model), "no-demo": lambda: NoDemoPolicy(_model),
+                  "expert": lambda: ExpertPolicy(env), "random": lambda: RandomPolicy([seed, index, trial])}[policy_name]()
+        policy.adapt(demos)
         scene = [seed, sim.SPLITS.index(split), index // 2, trial]  # the same for both tasks of a pair
-        trial_seed = int(np.random.default_rng(scene).integers(2 ** 31))
-        rows.append({"task": index, "trial": trial,
-                     **rollout(env, policy, task, trial_seed, film if trial == 0 else None)})
+        film = [] if film_to and trial == 0 else None
+        outcome = rollout(env, policy, task, int(np.random.default_rng(scene).integers(2 ** 31)), film)
+        rows.append({"shots": shots, "task": index, "trial": trial, **outcome})
+        if film:
+            save_gif(film_to / f"task{index:02d}-shots{shots}.gif", [demo["frames"] for demo in demos[:1]], film,
+                     outcome["success"])
+        if record:
+            with open(record, "a") as file:  # one write: whole, or the torn last line that resuming drops
+                file.write(json.dumps(rows[-1]) + "\n")
     env.close()
-    return index, rows, filmed and ([demo["frames"] for demo in demos[:1]], film)
+    return rows
 
 
-def run_trials(policy, split, tasks, trials, shots, seed, workers, checkpoint=None, data=None, films=0, on_film=None):
+def run_trials(policy, split, tasks, trials, shots, seed, workers, checkpoint=None, data=None, films=0, out=None, done=()):
     """The rows of tasks x trials for one number of shots, sorted by task and trial.
 
     Demonstrations are a seeded choice of a task's, from the TaskSet `data` or, without one, recorded.
+    `done` are rows of trials that need not be run again. With a folder `out`, every row is appended to
+    its trials.jsonl, and the first trial of the first `films` tasks becomes a GIF.
     """
     jobs = []
     demo_seed, n_demos = (data.manifest["seed"], data.n_demos) if data else (FULL_DATA["seed"], FULL_DATA["demos"])
     if shots > n_demos:
         raise UserError(f"{shots} shots need as many demonstrations, a task has {n_demos}: lower --shots")
+    rows = [row for row in done if row["shots"] == shots]
+    finished = {(row["task"], row["trial"]) for row in rows}
     for index in range(tasks):
+        missing = [trial for trial in range(trials) if (index, trial) not in finished]
         chosen = np.random.default_rng([seed, index]).permutation(n_demos)[:shots].tolist()
-        filmed = index < films
-        if data:
+        filmed = index < films and 0 in missing
+        if data and missing:
             times = range(data.horizon) if filmed else (0, data.horizon - 1)
             chosen = [{"frames": np.stack([data.frame(index, demo, time_) for time_ in times])} for demo in chosen]
-        jobs.append((policy, split, index, trials, seed, chosen, demo_seed, filmed))
-    rows, start = [], time.monotonic()
-    for index, task_rows, film in parallel(_run_task, jobs, workers, initializer=_start_worker, initargs=(checkpoint,)):
+        if missing:
+            jobs.append((policy, split, index, missing, shots, seed, chosen, demo_seed, out if filmed else None,
+                         out and out / "trials.jsonl"))
+    start, before = time.monotonic(), len(rows)
+    for task_rows in parallel(_run_task, jobs, workers, _start_worker, (checkpoint,)):
         rows += task_rows
-        if film and on_film:
-            on_film(index, task_rows[0]["success"], *film)
         left = tasks * trials - len(rows)
         progress(f"{policy}, {shots} shots: {len(rows)}/{tasks * trials} trials, "
                  f"{100 * sum(row['success'] for row in rows) / len(rows):.1f} % success, "
-                 f"{(time.monotonic() - start) / len(rows) * left:.0f} s left", end=not left)
+                 f"{(time.monotonic() - start) / (len(rows) - before) * left:.0f} s left", end=not left)
     return sorted(rows, key=lambda row: (row["task"], row["trial"]))
+
+
+def resume(record, header):
+    """The rows of the trials.jsonl of an interrupted evaluation; begins the file if there is none.
+
+    Raises UserError if it belongs to another evaluation.
+    """
+    rows = []
+    if record.exists():
+        lines = record.read_text(errors="replace").split("\n")[:-1]  # without a torn last line
+        try:
+            old, *rows = map(json.loads, lines or ["{}"])
+        except ValueError:
+            raise UserError(f"{record} is damaged: delete it to evaluate anew")
+        if old != header:
+            raise UserError(f"{record} belongs to another evaluation: choose another --out, or delete it")
+    write_atomically(record, lambda file: file.writelines(json.dumps(row).encode() + b"\n" for row in [header, *rows]))
+    return rows
 
 
 # Results --------------------------------------------------------------------------------------
@@ -201,27 +234,36 @@ def main():
     parser.add_argument("--gif", type=number(int, 0), default=0, help="film the first trial of this many tasks")
     args = parser.parse_args()
     learned, out = args.policy in ("tecnets", "no-demo"), Path(args.out)
-    if (out / "results.json").exists():
-        raise UserError(f"{out}/results.json exists: choose another --out, or delete it")
-    out.mkdir(parents=True, exist_ok=True)
+    shots = args.shots if args.policy == "tecnets" else [0]
+    checkpoint, data = None, None
     if learned:
-        load_model(args.checkpoint)  # a bad one is told here, in one line
-    data, results = None, []
+        checkpoint = args.checkpoint
+        c = load_model(checkpoint)[0].settings
+        if (c.image_size, c.state_dim, c.action_dim) != (sim.IMAGE_SIZE, sim.STATE_DIM, sim.ACTION_DIM):
+            raise UserError(f"{checkpoint} was trained on images of {c.image_size} pixels, {c.state_dim} states and "
+                            f"{c.action_dim} actions, not on this benchmark's: take another checkpoint")
     if args.policy == "tecnets":
         if (Path(args.data) / "manifest.json").exists():
             data = TaskSet(args.data, args.split, args.tasks)
+            if data.manifest["seed"] is None:
+                raise UserError(f"{args.data} is imported: its objects are not in this simulator; give another --data")
         else:
             print(f"no data set in {args.data}: recording the demonstrations on the fly")
-    for shots in args.shots if args.policy == "tecnets" else [0]:
-        def on_film(index, success, demo, film):
-            save_gif(out / f"task{index:02d}-shots{shots}.gif", demo, film, success)
-
-        start = time.monotonic()
-        rows = run_trials(args.policy, args.split, args.tasks, args.trials, shots, args.seed, args.workers,
-                          args.checkpoint if learned else None, data, args.gif, on_film)
-        results.append(summary(args.policy, args.split, shots, args.seed, rows, time.monotonic() - start))
-    report = {"checkpoint": args.checkpoint if learned else None, "results": results}
-    write_atomically(out / "results.json", lambda file: file.write(json.dumps(report, indent=1).encode()))
+    with locked(out):
+        if (out / "results.json").exists():
+            raise UserError(f"{out}/results.json exists: choose another --out, or delete it")
+        header = {**{name: getattr(args, name) for name in ("policy", "split", "tasks", "trials", "seed", "gif")},
+                  "shots": shots, "checkpoint": learned and hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest(),
+                  "data": data and data.manifest["seed"]}
+        done, results = resume(out / "trials.jsonl", header), []
+        for k in shots:
+            start = time.monotonic()
+            rows = run_trials(args.policy, args.split, args.tasks, args.trials, k, args.seed, args.workers, checkpoint,
+                              data, args.gif, out, done)
+            results.append(summary(args.policy, args.split, k, args.seed, rows, time.monotonic() - start))
+        report = {"checkpoint": checkpoint, "results": results}
+        write_atomically(out / "results.json", lambda file: file.write(json.dumps(report, indent=1).encode()))
+        (out / "trials.jsonl").unlink()
     print(table(results))
 
 

@@ -443,7 +443,7 @@ def test_share_of_first_frames(data_set, early, share):
 
 # Training and evaluation ----------------------------------------------------------------------
 
-TINY = ("--batch", 3, "--samples", 1, "--steps", 60, "--validate-every", 20, "--validation-batches", 1)
+TINY = ("--batch", 3, "--support", 2, "--samples", 1, "--steps", 60, "--validate-every", 20, "--validation-batches", 1)
 
 
 @pytest.fixture(scope="session")
@@ -465,10 +465,9 @@ def test_training_lowers_the_loss(trained):
 
 def start_run(data_set, name):
     """A training run in this process, in runs/NAME of the current folder."""
-    folder, preset, _, given = train.parse(["--data", str(data_set), "--name", name, *map(str, TINY)])
+    folder, *arguments = train.parse(["--data", str(data_set), "--name", name, *map(str, TINY)])
     folder.mkdir(parents=True)
-    options = train.settle(preset, given)
-    return train.Run(folder, options, *train.open_data(options))
+    return train.start(folder, *arguments)
 
 
 def assert_same_run(one, other):

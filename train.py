@@ -9,6 +9,7 @@ interrupted run goes on with `--resume` to the same numbers as an uninterrupted 
 """
 import argparse
 import ctypes
+import io
 import json
 import os
 import signal
@@ -20,11 +21,11 @@ from pathlib import Path
 import torch
 
 import sim
-from data import (Parser, TaskLoader, TaskSet, UserError, choice, command, generate, number, progress,
-                  read_manifest, task_path, write_atomically)
+from data import (Parser, TaskLoader, TaskSet, UserError, choice, command, generate, locked, number, progress,
+                  read_checked, read_manifest, task_path, write_atomically, write_checked)
 from tecnets import Settings, TecNets, control_loss, embedding_loss
 
-FORMAT = 1  # of a checkpoint
+FORMAT = 2  # of a checkpoint
 FRAMES_PER_SECOND = 100  # that a core records, for the announcement only
 CALIBRATION_STEPS = 12
 CHECKPOINT_SECONDS = 60
@@ -43,7 +44,7 @@ OPTIONS = {
     "query": (number(int, 1), 1, "Q, query demos a task"),
     "samples": (number(int, 1), 4, "control samples of the support and of the query set a task"),
     "early": (number(float, 1, 10), 3.0, "times of control samples are T u^early: 1 uniform (paper), more favours the start"),
-    "mirror": (number(int, 0, 1), 1, "1: half of the tasks are seen in a mirror"),
+    "mirror": (number(int, 0, 1), None, "1: half of the tasks are seen in a mirror (default: unless imported)"),
     "chunk": (number(int, 1), 256, "images a backward pass holds in memory"),
     "lr": (number(float, 0, 1), 1e-3, "Adam's learning rate, the peak of the schedule"),
     "schedule": (choice("one-cycle", "constant"), "one-cycle", "of the learning rate: one-cycle or constant"),
@@ -102,7 +103,7 @@ def has_bfloat16(device):
 def load_checkpoint(path, device="cpu"):
     """The dict of a checkpoint. Raises UserError if it is missing or not one of ours."""
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        checkpoint = torch.load(io.BytesIO(read_checked(path)), map_location=device, weights_only=True)
         version = checkpoint["format"]
     except FileNotFoundError:
         raise UserError(f"no checkpoint {path}: train one with python train.py")
@@ -118,8 +119,11 @@ def load_checkpoint(path, device="cpu"):
 def load_model(path, device="cpu"):
     """(TecNets in evaluation mode, the checkpoint's dict)."""
     checkpoint = load_checkpoint(path, device)
-    model = TecNets(Settings(**checkpoint["settings"])).to(device)
-    model.load_state_dict(checkpoint["model"])
+    try:
+        model = TecNets(Settings(**checkpoint["settings"])).to(device)
+        model.load_state_dict(checkpoint["model"])
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):
+        raise UserError(f"{path} does not hold the weights and settings of this program: take another checkpoint")
     return model.eval(), checkpoint
 
 
@@ -137,7 +141,7 @@ def open_data(options):
         manifest = SMOKE_DATA if options["preset"] == "smoke" else FULL_DATA
     counts = {split: options[name] or manifest["tasks"][split] for split, name in (("train", "tasks"), ("val", "val_tasks"))}
     missing = sum(not task_path(folder, split, index).exists() for split in counts for index in range(counts[split]))
-    if missing:
+    if missing and manifest["seed"] is not None:
         minutes = missing * manifest["demos"] * sim.HORIZON / FRAMES_PER_SECOND / os.cpu_count() / 60
         print(f"making {missing} tasks of the data set {folder}: about {minutes:.1f} min on {os.cpu_count()} cores",
               flush=True)
@@ -167,7 +171,11 @@ class Run:
         if checkpoint and checkpoint["made_of"] != made_of:
             raise UserError(f"{options['data']} is not the data set that {folder} was started with: bring that one back")
         self.folder, self.made_of = folder, made_of
-        self.options = options = {**options, "tasks": task_set.n_tasks, "val_tasks": val_set.n_tasks}
+        imported = task_set.manifest["seed"] is None
+        if imported and options["mirror"]:
+            raise UserError("--mirror 1 is for this simulator's arm, not for imported data: leave it out")
+        mirror = not imported if options["mirror"] is None else options["mirror"]
+        self.options = options = {**options, "tasks": task_set.n_tasks, "val_tasks": val_set.n_tasks, "mirror": int(mirror)}
         torch.manual_seed(options["seed"])
         settings = Settings(image_size=task_set.frame_shape[0],
                             **{field.name: options[field.name] for field in fields(Settings) if field.name in options})
@@ -176,7 +184,7 @@ class Run:
         self.optimiser = torch.optim.Adam(self.model.parameters(), lr=options["lr"])
         sizes = [options[name] for name in ("support", "query", "samples")]
         self.loader = TaskLoader(task_set, options["batch"], *sizes, options["seed"], options["early"],
-                                 bool(options["random_support"]), bool(options["mirror"]))
+                                 bool(options["random_support"]), bool(mirror))
         self.val_loader = TaskLoader(val_set, min(options["batch"], val_set.n_tasks), 1, *sizes[1:], seed=0)  # one shot
         self.step, self.seconds, self.best, self.log, self.terms = 0, 0.0, float("inf"), [], []
         self.steps = checkpoint["steps"] if checkpoint else options["steps"] or self.calibrate()
@@ -207,20 +215,17 @@ class Run:
     def save(self, name):
         state = {"format": FORMAT, "options": self.options, "made_of": self.made_of, "settings": vars(self.model.settings),
                  "step": self.step, "steps": self.steps, "seconds": self.seconds, "best": self.best, "log": self.log,
-                 "terms": self.terms, "model": self.model.state_dict(), "optimiser": self.optimiser.state_dict(),
-                 "scheduler": self.scheduler.state_dict(), "loader": self.loader.state_dict(),
-                 "generator": torch.get_rng_state()}
-        write_atomically(self.folder / name, lambda file: torch.save(state, file))
+                 "terms": self.terms, "generator": torch.get_rng_state(),
+                 **{name: getattr(self, name).state_dict() for name in ("model", "optimiser", "scheduler", "loader")}}
+        write_checked(self.folder / name, lambda file: torch.save(state, file))
         lines = "".join(json.dumps(row) + "\n" for row in self.log)
         write_atomically(self.folder / "log.jsonl", lambda file: file.write(lines.encode()))
 
     def load(self, state):
         self.step, self.seconds, self.best = state["step"], state["seconds"], state["best"]
         self.log, self.terms = state["log"], state["terms"]
-        self.model.load_state_dict(state["model"])
-        self.optimiser.load_state_dict(state["optimiser"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        self.loader.load_state_dict(state["loader"])
+        for name in ("model", "optimiser", "scheduler", "loader"):
+            getattr(self, name).load_state_dict(state[name])
         torch.set_rng_state(state["generator"].cpu())
 
     def train(self, stop):
@@ -277,10 +282,12 @@ def settle(preset, given):
     return {"preset": preset, **options}
 
 
-def main():
-    folder, preset, resume, given = parse()
-    checkpoint = load_checkpoint(folder / "last.pt") if resume else None
+def start(folder, preset, resume, given):
+    """The new or resumed run of a folder. Raises UserError if it cannot be started."""
     if resume:
+        checkpoint = load_checkpoint(folder / "last.pt")
+        if "optimiser" not in checkpoint:
+            raise UserError(f"{folder}/last.pt holds weights only and cannot be resumed: start another --name")
         options = checkpoint["options"]
         changed = [name for name in given if given[name] != options[name]]
         if changed:
@@ -289,19 +296,23 @@ def main():
     else:
         if (folder / "last.pt").exists():
             raise UserError(f"{folder} holds a run: go on with --resume, choose another --name, or delete it")
-        options = settle(preset, given)
+        checkpoint, options = None, settle(preset, given)
     if options["device"] == "cuda" and not torch.cuda.is_available():
         raise UserError("no cuda device here: choose --device cpu")
-    keep_freed_memory()
-    folder.mkdir(parents=True, exist_ok=True)
-    run = Run(folder, options, *open_data(options), checkpoint)
-    print(f"{folder}: step {run.step} of {run.steps}, {run.options['tasks']} training tasks, {options['batch']} a step",
-          flush=True)
+    return Run(folder, options, *open_data(options), checkpoint)
 
-    signals = []
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, lambda number_, _: signals.append(number_))
-    run.train(stop=lambda: bool(signals))
+
+def main():
+    folder, *arguments = parse()
+    keep_freed_memory()
+    with locked(folder):
+        run = start(folder, *arguments)
+        print(f"{folder}: step {run.step} of {run.steps}, {run.options['tasks']} training tasks, "
+              f"{run.options['batch']} a step", flush=True)
+        signals = []
+        for name in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(name, lambda number_, _: signals.append(number_))
+        run.train(stop=lambda: bool(signals))
     if signals:
         print(f"stopped at step {run.step} of {run.steps}: go on with --resume")
         raise SystemExit(128 + signals[0])
