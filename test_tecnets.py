@@ -3,8 +3,10 @@ import fcntl
 import json
 import math
 import os
+import pickle
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -363,22 +365,34 @@ def contents(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def test_data_are_the_same_for_one_worker_and_after_a_kill(data_set, tmp_path):
-    folder = tmp_path / "push"
-    command = [sys.executable, HERE / "data.py", "--out", folder, "--demos", "4", "--seed", "3", "--workers", "1",
-               *(word for split, n in COUNTS.items() for word in (f"--{split}", str(n)))]
-    process = subprocess.Popen(command, start_new_session=True)
-    while len(list(folder.glob("*/*.npz"))) < 2:
-        time.sleep(0.05)
-        assert process.poll() is None
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    first = min(folder.glob("*/*.npz"), key=lambda path: path.stat().st_mtime)
-    written = first.stat().st_mtime_ns
-    subprocess.run(command, check=True, capture_output=True)
-    assert contents(folder).keys() == contents(data_set).keys()
-    assert all(contents(folder)[name] == bytes_ for name, bytes_ in contents(data_set).items() if name.endswith("npz"))
-    assert first.stat().st_mtime_ns == written
+KILLS = int(os.environ.get("KILLS", 2))  # of each program
+
+
+def kill_often(command, cwd, longest):
+    """Start a program and SIGKILL it with its workers at a random moment, KILLS times; yields after each."""
+    rng = np.random.default_rng(KILLS)
+    for _ in range(KILLS):
+        process = subprocess.Popen([sys.executable, *map(str, command())], cwd=cwd, start_new_session=True,
+                                   stdout=subprocess.DEVNULL, env=ENVIRONMENT)
+        time.sleep(rng.uniform(0.5, longest))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        yield
+    run(*command(), cwd=cwd)
+
+
+def test_data_are_the_same_for_one_worker_and_after_kills(data_set, tmp_path):
+    folder, written = tmp_path / "push", {}
+    words = ["--out", folder, "--demos", 4, "--seed", 3, "--workers", 1]
+    words += [word for split, n in COUNTS.items() for word in (f"--{split}", n)]
+    for _ in kill_often(lambda: (HERE / "data.py", *words), tmp_path, 8):
+        now = {path: path.stat().st_mtime_ns for path in folder.glob("*/*.npz")}
+        assert written.items() <= now.items()  # no finished task is made again
+        written = now
+        for path in now:
+            data.read_checked(path)
+    assert written.items() <= {path: path.stat().st_mtime_ns for path in folder.glob("*/*.npz")}.items()
+    assert contents(folder) == contents(data_set)
 
 
 def test_demonstrations(data_set):
@@ -441,6 +455,93 @@ def test_share_of_first_frames(data_set, early, share):
     assert abs((times == 0).mean() - share) < 0.02 and times.max() == 99
 
 
+# MIL's folders ---------------------------------------------------------------------------------
+
+class Python2Pickler(pickle._Pickler):
+    """Writes bytes as Python 2 wrote its strings, which a reader decodes as latin-1."""
+    dispatch = pickle._Pickler.dispatch.copy()
+
+    def save_bytes(self, value):
+        self.write(pickle.BINSTRING + struct.pack("<i", len(value)) + value)
+        self.memoize(value)
+    dispatch[bytes] = save_bytes
+
+
+@pytest.fixture(scope="session")
+def mil(tmp_path_factory):
+    """Three training tasks and a test task in MIL's format."""
+    folder, rng = tmp_path_factory.mktemp("mil"), np.random.default_rng(0)
+    for stem, place in (("demos_3", "sim_push"), ("demos_10", "sim_push"), ("demos_4", "sim_push"), ("0", "sim_push_test")):
+        demos = {b"demoX": rng.normal(size=(24, 100, 20)), b"demoU": rng.normal(size=(24, 100, 7)), b"xml": b"pusher\xe9.xml"}
+        objects = folder / place / f"object_{stem.removeprefix('demos_')}"
+        objects.mkdir(parents=True)
+        with open(folder / place / f"{stem}.pkl", "wb") as file:
+            Python2Pickler(file, protocol=2).dump(demos)
+        pictures = [evaluate.Image.fromarray(frame, "P") for frame in rng.integers(0, 4, (100, 125, 125), dtype=np.uint8)]
+        for picture in pictures:
+            picture.putpalette(rng.integers(0, 256, 768, dtype=np.uint8).tolist())
+        pictures[0].save(objects / "cond6.samp0.gif", save_all=True, append_images=pictures[1:])
+        for i in range(7, 18):
+            shutil.copy(objects / "cond6.samp0.gif", objects / f"cond{i}.samp0.gif")
+    return folder
+
+
+def test_the_fixture_is_as_python_2_wrote_it(mil):
+    content = (mil / "sim_push" / "demos_3.pkl").read_bytes()
+    assert content.startswith(b"\x80\x02") and b"_codecs" not in content and b"T" + struct.pack("<i", 24 * 100 * 20 * 8) in content
+
+
+def test_import_and_train_on_it(mil, tmp_path):
+    run("data.py", "--from-mil", mil, "--out", "mil", "--val", 1, cwd=tmp_path)
+    tasks = data.TaskSet(tmp_path / "mil", "train")
+    assert tasks.manifest["tasks"] == {"train": 2, "val": 1, "test": 1} and tasks.n_demos == 12
+    with open(mil / "sim_push" / "demos_4.pkl", "rb") as file:
+        demos = pickle.load(file, encoding="latin1")
+    np.testing.assert_array_equal(tasks.states[1], demos["demoX"][6:18].astype(np.float32))
+    np.testing.assert_array_equal(tasks.actions[1], demos["demoU"][6:18].astype(np.float32))
+    with evaluate.Image.open(mil / "sim_push" / "object_4" / "cond9.samp0.gif") as gif:
+        gif.seek(37)
+        np.testing.assert_array_equal(tasks.frame(1, 3, 37), np.array(gif.convert("RGB")))
+    contents_ = contents(tmp_path / "mil")
+    data.task_path(tmp_path / "mil", "train", 0).unlink()
+    run("data.py", "--from-mil", mil, "--out", "mil", "--val", 1, cwd=tmp_path)
+    assert contents(tmp_path / "mil") == contents_
+    run("train.py", "--data", "mil", "--name", "a", *TINY, "--batch", 2, "--val-tasks", 1, "--steps", 20, cwd=tmp_path)
+    message = run("evaluate.py", "--data", "mil", "--split", "test", "--tasks", 1, "--checkpoint", "runs/a/last.pt",
+                  "--out", "e", cwd=tmp_path, code=2).stderr
+    assert "imported" in message
+    message = run("train.py", "--data", "mil", "--name", "b", *TINY, "--batch", 2, "--mirror", 1, cwd=tmp_path, code=2).stderr
+    assert "--mirror" in message
+
+
+class Malice:
+    def __reduce__(self):
+        return os.system, ("touch malice",)
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda pkl, gif: pkl.write_bytes(pkl.read_bytes()[:1000]), "demoX"),
+    (lambda pkl, gif: pkl.write_bytes(b""), "demoX"),
+    (lambda pkl, gif: pkl.write_bytes(pickle.dumps({"demoX": np.zeros((24, 99, 20)), "demoU": np.zeros((24, 100, 7))}, 2)), "shape"),
+    (lambda pkl, gif: pkl.write_bytes(pickle.dumps({"demoX": np.zeros((24, 100, 20))}, 2)), "demoU"),
+    (lambda pkl, gif: pkl.write_bytes(pickle.dumps({"demoX": Malice()}, 2)), "posix.system is not admitted"),
+    (lambda pkl, gif: pkl.write_bytes(b"\x80\x02cnumpy\nndarray\n(J\xff\xff\xff\x7ftR."), "demoX"),  # an array of 2 GB
+    (lambda pkl, gif: gif.unlink(), "missing"),
+    (lambda pkl, gif: gif.write_bytes(gif.read_bytes()[:9000]), "not a GIF"),
+    (lambda pkl, gif: gif.write_bytes(b"GIF89a"), "not a GIF"),
+    (lambda pkl, gif: evaluate.Image.new("P", (125, 125)).save(gif), "1 frames"),
+    (lambda pkl, gif: gif.write_bytes(gif.read_bytes()[:6] + b"\xff" * 4 + gif.read_bytes()[10:]), r"\(65535, 65535\) pixels"),
+    (lambda pkl, gif: evaluate.Image.new("RGB", (125, 125)).save(gif, "png"), "not a GIF"),
+])
+def test_damaged_mil_data(damage, message, mil, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(mil / "sim_push", tmp_path / "mil")
+    damage(tmp_path / "mil" / "demos_4.pkl", tmp_path / "mil" / "object_4" / "cond8.samp0.gif")
+    with pytest.raises(data.UserError, match=message):
+        data._import_task((tmp_path / "out", "train", 0, tmp_path / "mil" / "demos_4.pkl"))
+    assert not (tmp_path / "malice").exists() and not (tmp_path / "out").exists()
+
+
 # Training and evaluation ----------------------------------------------------------------------
 
 TINY = ("--batch", 3, "--support", 2, "--samples", 1, "--steps", 60, "--validate-every", 20, "--validation-batches", 1)
@@ -485,16 +586,51 @@ def test_interrupted_training_equals_uninterrupted(data_set, trained, tmp_path, 
     assert_same_run(tmp_path / "runs" / "cut", trained)
 
 
-def test_killed_training_equals_uninterrupted(data_set, trained, tmp_path):
-    process = subprocess.Popen([sys.executable, HERE / "train.py", "--data", data_set, "--name", "cut", *map(str, TINY)],
-                               cwd=tmp_path, env=ENVIRONMENT)
-    while not (tmp_path / "runs" / "cut" / "best.pt").exists():
-        time.sleep(0.02)
-        assert process.poll() is None
-    process.kill()
-    process.wait()
-    run("train.py", "--name", "cut", "--resume", cwd=tmp_path)
-    assert_same_run(tmp_path / "runs" / "cut", trained)
+def test_killed_training_equals_uninterrupted(data_set, trained, tmp_path, monkeypatch):
+    folder, steps = tmp_path / "runs" / "cut", [0]
+
+    def command():
+        if (folder / "last.pt").exists():
+            return "train.py", "--name", "cut", "--resume"
+        return "train.py", "--data", data_set, "--name", "cut", *TINY
+    for _ in kill_often(command, tmp_path, 7):
+        if (folder / "last.pt").exists():
+            steps.append(train.load_checkpoint(folder / "last.pt")["step"])
+    assert steps == sorted(steps)
+    assert_same_run(folder, trained)
+
+
+def test_killed_evaluation_equals_uninterrupted(data_set, trained, tmp_path):
+    words = ["--checkpoint", trained / "best.pt", "--data", data_set, "--tasks", 2, "--trials", 3, "--shots", 1, 2]
+    lines, record = [], tmp_path / "cut" / "trials.jsonl"
+    for _ in kill_often(lambda: ("evaluate.py", *words, "--out", "cut"), tmp_path, 9):
+        if record.exists():
+            now = record.read_text().split("\n")[:-1]
+            assert now[:len(lines)] == lines and len(set(now)) == len(now)  # nothing lost, nothing run twice
+            lines = now
+    run("evaluate.py", *words, "--out", "whole", cwd=tmp_path)
+    cut, whole = (json.loads((tmp_path / name / "results.json").read_text())["results"] for name in ("cut", "whole"))
+    assert [r["trials"] for r in cut] == [r["trials"] for r in whole] and cut[0]["n_trials"] == 6
+
+
+def children(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.parametrize("signal_", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_workers_end_with_their_parent(signal_, tmp_path):
+    process = subprocess.Popen([sys.executable, HERE / "data.py", "--out", tmp_path / "d", "--workers", "2"],
+                               stderr=subprocess.PIPE, text=True)
+    while len(workers := children(process.pid)) < 3:  # two and multiprocessing's tracker
+        time.sleep(0.1)
+    time.sleep(2)
+    process.send_signal(signal_)
+    start = time.monotonic()
+    while any(Path(f"/proc/{pid}/fd").exists() and Path(f"/proc/{pid}/cmdline").read_bytes() for pid in workers):
+        assert time.monotonic() < start + 5
+        time.sleep(0.1)
+    assert process.wait(5) == (-signal_ if signal_ == signal.SIGKILL else 128 + signal_)
+    assert signal_ == signal.SIGKILL or process.stderr.read() == ""
 
 
 def test_a_terminated_run_saves_and_says_how_to_go_on(data_set, tmp_path):
@@ -540,46 +676,157 @@ def test_bfloat16_trains_alike(data_set, trained, tmp_path):
 
 # Bad input ------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("arguments, message", [
-    (("data.py", "--out", "{tmp}/d", "--demos", 1), "1 is not within 2"),
-    (("data.py", "--out", "{data}", "--demos", 7), "other settings"),
-    (("data.py",), "--out"),
-    (("train.py", "--data", "{data}", "--support", 3, "--query", 2, "--batch", 2), "K + Q = 3 + 2"),
-    (("train.py", "--data", "{data}", "--batch", 9), "lower --batch"),
-    (("evaluate.py", "--data", "{data}", "--checkpoint", "{trained}", "--out", "{tmp}/e"), "2 test tasks, not 74"),
-    (("train.py", "--data", "{data}", "--batch", 2, "--lr", 2), "--lr"),
-    (("train.py", "--data", "{data}", "--batch", 2, "--device", "cuda"), "--device cpu"),
-    (("train.py", "--data", "{data}", "--batch", 2, "--support-mean", "none"), "mean-norm"),
-    (("train.py", "--data", "{data}", "--batch", 2, "--schedule", "none"), "one-cycle"),
-    (("train.py", "--data", "{broken}", "--batch", 2), "00001.npz is damaged"),
-    (("evaluate.py", "--data", "{missing}", "--split", "train", "--tasks", 4, "--checkpoint", "{trained}",
-      "--out", "{tmp}/e"), "00001.npz is missing: finish the data set with python data.py --out"),
-    (("train.py", "--data", "{data}", "--steps", 20, "--minutes", 1), "not both"),
-    (("train.py", "--data", "{data}", "--steps", 5), "5 is not within 20"),
-    (("train.py", "--data", "{data}", "--minutes", "inf"), "--minutes"),
-    (("train.py", "--resume", "--name", "none"), "no checkpoint"),
-    (("train.py", "--data", "/proc/none"), "/proc/none"),
-    (("evaluate.py", "--out", "{tmp}/e", "--checkpoint", "none.pt"), "no checkpoint none.pt"),
-    (("evaluate.py", "--out", "{tmp}/e", "--checkpoint", "{data}/manifest.json"), "not a checkpoint"),
-    (("evaluate.py", "--out", "{tmp}/e", "--policy", "expert", "--tasks", 0), "0 is not within 1"),
-    (("evaluate.py", "--out", "/proc/none", "--policy", "expert"), "/proc/none"),
-    (("evaluate.py", "--out", "{run}", "--policy", "expert"), "results.json exists"),
+def refuse(capsys, monkeypatch, module, *words):
+    """The one line with which a program refuses its arguments; it must end with exit code 2."""
+    monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, words)])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        data.command(module.main)
+    line = capsys.readouterr().err
+    assert stop.value.code == 2 and line.count("\n") == 1, line
+    return line
+
+
+NUMBERS = [(data, "--out d", flag) for flag in ("--train", "--val", "--test", "--demos", "--workers")]
+NUMBERS += [(evaluate, "--out e", flag) for flag in ("--tasks", "--trials", "--shots", "--workers")]
+NUMBERS += [(train, "", "--" + name.replace("_", "-")) for name, (kind, *_) in train.OPTIONS.items()
+            if kind.__name__ in ("int", "float")]
+MAY_BE_ZERO = ("--margin", "--lambda-emb", "--lambda-U", "--lambda-q", "--normalise-queries", "--seed", "--bfloat16",
+               "--random-support", "--mirror", "--lr")
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "1e300", "nan", "many", ""])
+@pytest.mark.parametrize("module, words, flag", NUMBERS, ids=[f"{m.__name__}{flag}" for m, _, flag in NUMBERS])
+def test_numbers_out_of_range(module, words, flag, value, capsys, monkeypatch, tmp_path):
+    if value == "0" and flag in MAY_BE_ZERO:
+        pytest.skip("may be zero")
+    monkeypatch.chdir(tmp_path)
+    assert flag in refuse(capsys, monkeypatch, module, *words.split(), flag, value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("module, words, message", [
+    (data, "", "--out"),
+    (data, "--out {data} --demos 7", "other settings"),
+    (data, "--out {data} --demos 4 --seed 4", "other settings"),
+    (data, "--out /proc/none", "/proc/none"),
+    (data, "--out {trained}", "File exists"),
+    (data, "--out d --from-mil {data}", "0 training tasks"),
+    (data, "--out d --from-mil none", "0 training tasks"),
+    (data, "--out d --speed 3", "--speed"),
+    (train, "--data {data} --support 3 --query 2 --batch 2", "K + Q = 3 + 2"),
+    (train, "--data {data} --support 2 --batch 9", "lower --batch"),
+    (train, "--data {data} --tasks 999 --batch 2 --support 2", "4 train tasks, not 999"),
+    (train, "--data {data} --val-tasks 999 --batch 2 --support 2", "2 val tasks, not 999"),
+    (train, "--data {data} --batch 2 --lr 2", "--lr"),
+    (train, "--data {data} --batch 2 --device cuda", "--device cpu"),
+    (train, "--data {data} --batch 2 --device tpu", "cpu, cuda"),
+    (train, "--data {data} --batch 2 --support-mean none", "mean-norm"),
+    (train, "--data {data} --batch 2 --negatives none", "sentences"),
+    (train, "--data {data} --batch 2 --schedule none", "one-cycle"),
+    (train, "--data {data} --steps 20 --minutes 1", "not both"),
+    (train, "--data {data} --steps 5", "5 is not within 20"),
+    (train, "--data {data} --minutes inf", "--minutes"),
+    (train, "--data /proc/none", "/proc/none"),
+    (train, "--data {trained}", "no data set"),
+    (train, "--preset none", "--preset"),
+    (train, "--resume --name none", "no checkpoint"),
+    (train, "--resume --name run --lr 0.1", "another --lr"),
+    (train, "--resume --name run --steps 70", "another --steps"),
+    (train, "--resume --name run --data other", "another --data"),
+    (train, "--data {data} --name run", "holds a run"),
+    (train, "--resume --name weights", "weights only"),
+    (train, "--resume --name moved", "no data set in {tmp}/moved-data"),
+    (train, "--resume --name changed", "not the data set"),
+    (evaluate, "", "--out"),
+    (evaluate, "--out e --data {data} --checkpoint {trained}", "2 test tasks, not 74"),
+    (evaluate, "--out e --data {data} --tasks 2 --shots 5 --checkpoint {trained}", "5 shots"),
+    (evaluate, "--out e --checkpoint none.pt", "no checkpoint none.pt"),
+    (evaluate, "--out e --checkpoint {data}/manifest.json", "not a checkpoint"),
+    (evaluate, "--out e --checkpoint {data}/train/00000.npz", "not a checkpoint"),
+    (evaluate, "--out e --checkpoint {data}", "Is a directory"),
+    (evaluate, "--out e --checkpoint small.pt", "trained on images of 64 pixels"),
+    (evaluate, "--out e --checkpoint mixed.pt", "does not hold the weights"),
+    (evaluate, "--out e --checkpoint strange.pt", "not a checkpoint"),
+    (evaluate, "--out e --checkpoint malice.pt", "not a checkpoint"),
+    (evaluate, "--out e --checkpoint old.pt", "format 1"),
+    (evaluate, "--out e --policy nobody", "--policy"),
+    (evaluate, "--out e --split holdout", "--split"),
+    (evaluate, "--out /proc/none --policy expert", "/proc/none"),
+    (evaluate, "--out done --policy expert", "results.json exists"),
+    (evaluate, "--out other --policy expert", "another evaluation"),
+    (evaluate, "--out torn --policy expert", "trials.jsonl is damaged"),
 ])
-def test_bad_input_is_one_line(arguments, message, data_set, trained, tmp_path):
-    places = {"tmp": tmp_path, "data": data_set, "run": tmp_path / "run", "broken": tmp_path / "broken",
-              "missing": tmp_path / "missing", "trained": trained / "best.pt"}
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "results.json").write_text("{}")
-    words = [str(word).format(**places) for word in arguments]
-    for name in ("broken", "missing"):
-        if any("{" + name + "}" in str(word) for word in arguments):
-            shutil.copytree(data_set, places[name])
-            path = data.task_path(places[name], "train", 1)
-            content = bytearray(path.read_bytes())
-            content[len(content) // 2] ^= 1
-            path.unlink() if name == "missing" else path.write_bytes(content)
-    result = run(*words, cwd=tmp_path, code=2)
-    assert message in result.stderr and result.stderr.count("\n") == 1, result.stderr
+def test_bad_input(module, words, message, data_set, trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    checkpoint = train.load_checkpoint(trained / "last.pt")
+    small = TecNets(Settings(image_size=64))
+    files = {"small.pt": {**checkpoint, "settings": vars(small.settings), "model": small.state_dict()},
+             "mixed.pt": {**checkpoint, "settings": vars(small.settings)}, "strange.pt": [1, 2], "malice.pt": Malice(),
+             "old.pt": {**checkpoint, "format": 1}, "runs/run/last.pt": checkpoint,
+             "runs/weights/last.pt": {name: checkpoint[name] for name in ("format", "settings", "model", "options")},
+             "runs/moved/last.pt": {**checkpoint, "options": {**checkpoint["options"], "data": str(tmp_path / "moved-data")}},
+             "runs/changed/last.pt": {**checkpoint, "made_of": {**checkpoint["made_of"], "seed": 4}}}
+    for name, content in files.items():
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        data.write_checked(name, lambda file: torch.save(content, file))
+    for name, text in {"done/results.json": "{}", "other/trials.jsonl": '{"policy": "random"}\n',
+                       "torn/trials.jsonl": "{\n{}\n"}.items():
+        Path(name).parent.mkdir()
+        Path(name).write_text(text)
+    before, stored = contents(tmp_path), contents(data_set)
+    places = {"data": data_set, "trained": trained / "best.pt", "tmp": tmp_path}
+    assert message.format(**places) in refuse(capsys, monkeypatch, module, *words.format(**places).split())
+    assert before.items() <= contents(tmp_path).items() and stored == contents(data_set)  # nothing lost, nothing run
+
+
+def flipped(content, bit):
+    content = bytearray(content)
+    content[bit // 8] ^= 1 << bit % 8
+    return bytes(content)
+
+
+@pytest.mark.parametrize("damage", [
+    lambda content: content[:len(content) // 2], lambda content: b"", lambda content: b"hello", lambda content: content + b"x",
+    *(lambda content, place=place: flipped(content, int(place * (8 * len(content) - 1))) for place in np.linspace(0, 1, 40))])
+def test_every_bit_that_is_stored_is_checked(damage, data_set, trained, tmp_path):
+    folder = tmp_path / "push"
+    shutil.copytree(data_set, folder)
+    for path, read in ((folder / "manifest.json", lambda: data.read_manifest(folder)),
+                       (data.task_path(folder, "train", 2), lambda: data.TaskSet(folder, "train")),
+                       (tmp_path / "a.pt", lambda: train.load_model(tmp_path / "a.pt"))):
+        content = (trained / "best.pt" if path.suffix == ".pt" else path).read_bytes()
+        path.write_bytes(damage(content))
+        with pytest.raises(data.UserError, match="damaged|version"):
+            read()
+        path.write_bytes(content)
+        read()
+
+
+def test_crafted_archives_take_no_memory(data_set, tmp_path):
+    """Files whose checksum fits, but whose headers promise more than there is."""
+    shutil.copytree(data_set, tmp_path / "push")
+    path = data.task_path(tmp_path / "push", "train", 0)
+    with np.load(path) as archive:
+        arrays = dict(archive)
+    for name, array in (("states", np.zeros((4, 100, 21), np.float32)), ("offsets", arrays["offsets"] * 10 ** 9),
+                        ("actions", np.array([[Malice()]])), ("frames", arrays["frames"][:-1])):
+        data.write_checked(path, lambda file: np.savez(file, **{**arrays, name: array}))
+        with pytest.raises(data.UserError, match="damaged"):
+            data.TaskSet(tmp_path / "push", "train")
+    data.write_checked(path, lambda file: np.savez_compressed(file, **arrays))
+    with pytest.raises(data.UserError, match="damaged"):
+        data.TaskSet(tmp_path / "push", "train")
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    """A file system of 1 MB, in a mount namespace of the test's own."""
+    script = f"mount -t tmpfs -o size=1m none {tmp_path} && {sys.executable} {HERE}/data.py --out {tmp_path}/d --workers 1"
+    if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
+        pytest.skip("no user namespaces here")
+    result = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, timeout=200)
+    assert result.returncode == 2 and "No space left" in result.stderr and result.stderr.count("\n") == 1
 
 
 def test_a_data_set_that_is_being_written_is_left_alone(data_set):
