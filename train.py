@@ -134,18 +134,19 @@ def to_tensors(batch, device):
 
 def open_data(options):
     """The training and validation sets; what is missing of the data is made first."""
-    folder = Path(options["data"])
+    folder, counts = Path(options["data"]), {"train": options["tasks"], "val": options["val_tasks"]}  # None: all
     if (folder / "manifest.json").exists():
         manifest = read_manifest(folder)
+        wanted = {split: min(count or manifest["tasks"][split], manifest["tasks"][split]) for split, count in counts.items()}
     else:
         manifest = SMOKE_DATA if options["preset"] == "smoke" else FULL_DATA
-    counts = {split: options[name] or manifest["tasks"][split] for split, name in (("train", "tasks"), ("val", "val_tasks"))}
-    missing = sum(not task_path(folder, split, index).exists() for split in counts for index in range(counts[split]))
+        wanted = {split: count or manifest["tasks"][split] for split, count in counts.items()}
+    missing = sum(not task_path(folder, split, index).exists() for split in wanted for index in range(wanted[split]))
     if missing and manifest["seed"] is not None:
         minutes = missing * manifest["demos"] * sim.HORIZON / FRAMES_PER_SECOND / os.cpu_count() / 60
         print(f"making {missing} tasks of the data set {folder}: about {minutes:.1f} min on {os.cpu_count()} cores",
               flush=True)
-        generate(folder, {**manifest["tasks"], **counts}, manifest["demos"], manifest["seed"])
+        generate(folder, {**manifest["tasks"], **wanted}, manifest["demos"], manifest["seed"])
     return [TaskSet(folder, split, count) for split, count in counts.items()]
 
 
@@ -289,6 +290,7 @@ def start(folder, preset, resume, given):
         if "optimiser" not in checkpoint:
             raise UserError(f"{folder}/last.pt holds weights only and cannot be resumed: start another --name")
         options = checkpoint["options"]
+        read_manifest(options["data"])  # the data set must be there, a new one is not made
         changed = [name for name in given if given[name] != options[name]]
         if changed:
             raise UserError(f"{folder} was started with another --{changed[0].replace('_', '-')} "
