@@ -1,8 +1,9 @@
 """Measure how often a policy imitates a demonstration of a task never seen in training.
 
-    python evaluate.py --out runs/shipped                  # the weights in results/
-    python evaluate.py --checkpoint runs/ours/best.pt --out runs/ours/test
+    python evaluate.py                                     # the weights in results/
+    python evaluate.py --checkpoint runs/ours/best.pt --out runs/ours/test --gif 8
     python evaluate.py --policy expert --out runs/expert
+    python evaluate.py --embedding-map map.png             # where the sentences of the test tasks lie
 
 The default protocol is the paper's: 74 test tasks x 6 trials, one demonstration and five. Prints a
 table and writes DIR/results.json with a row for every trial. The rows depend on the seed only,
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 import sim
@@ -27,6 +29,7 @@ from data import (Parser, TaskSet, UserError, command, locked, number, parallel,
 from train import FULL_DATA, load_model
 
 POLICIES = ("tecnets", "expert", "random", "no-demo")
+FILMED_TRIALS = 3
 
 
 # A policy: adapt(demos) before a trial, then act(obs) at every step. `demos` is a list of dicts with
@@ -99,21 +102,24 @@ def _run_task(job):
     task = sim.make_task(split, index)
     env = sim.PushEnv(render=policy_name in ("tecnets", "no-demo") or bool(film_to))
     demos = [record_demo(env, task, demo, demo_seed) if isinstance(demo, int) else demo for demo in demos]
-    rows = []
+    rows, films, recorded = [], [], 0
     for trial in trials:
         policy = {"tecnets": lambda: TecNetsPolicy(_model), "no-demo": lambda: NoDemoPolicy(_model),
                   "expert": lambda: ExpertPolicy(env), "random": lambda: RandomPolicy([seed, index, trial])}[policy_name]()
         policy.adapt(demos)
         scene = [seed, sim.SPLITS.index(split), index // 2, trial]  # the same for both tasks of a pair
-        film = [] if film_to and trial == 0 else None
+        film = [] if film_to and trial < FILMED_TRIALS else None
         outcome = rollout(env, policy, task, int(np.random.default_rng(scene).integers(2 ** 31)), film)
         rows.append({"shots": shots, "task": index, "trial": trial, **outcome})
         if film:
-            save_gif(film_to / f"task{index:02d}-shots{shots}.gif", [demo["frames"] for demo in demos[:1]], film,
-                     outcome["success"])
+            films.append((film, outcome["success"]))
+            if trial < min(FILMED_TRIALS, len(trials)) - 1:
+                continue  # these trials are recorded together, with their GIF
+            save_gif(film_to / f"task{index:02d}-shots{shots}.gif", [demo["frames"] for demo in demos[:1]], films)
         if record:
-            with open(record, "a") as file:  # one write: whole, or the torn last line that resuming drops
-                file.write(json.dumps(rows[-1]) + "\n")
+            with open(record, "a") as file:  # one write: whole lines, but for a torn last one that resuming drops
+                file.write("".join(json.dumps(row) + "\n" for row in rows[recorded:]))
+            recorded = len(rows)
     env.close()
     return rows
 
@@ -123,7 +129,7 @@ def run_trials(policy, split, tasks, trials, shots, seed, workers, checkpoint=No
 
     Demonstrations are a seeded choice of a task's, from the TaskSet `data` or, without one, recorded.
     `done` are rows of trials that need not be run again. With a folder `out`, every row is appended to
-    its trials.jsonl, and the first trial of the first `films` tasks becomes a GIF.
+    its trials.jsonl, and the first trials of the first `films` tasks become a GIF.
     """
     jobs = []
     demo_seed, n_demos = (data.manifest["seed"], data.n_demos) if data else (FULL_DATA["seed"], FULL_DATA["demos"])
@@ -202,21 +208,52 @@ def table(results):
     return "\n".join(lines)
 
 
-def save_gif(path, demo, film, success):
-    """The demonstration, if there is one, beside the rollout, framed green or red; 10 frames a second."""
+def save_gif(path, demo, films):
+    """The demonstration, if there is one, beside (frames, success) of rollouts, framed green or red; 10 frames a second."""
     pictures = []
     for time_ in range(0, sim.HORIZON, 2):
-        parts = [*(frames[time_] for frames in demo), film[time_]]
+        parts = [*(frames[time_] for frames in demo), *(film[time_] for film, _ in films)]
         picture = Image.fromarray(np.concatenate(parts, 1)).resize((250 * len(parts), 250), Image.Resampling.NEAREST)
         draw = ImageDraw.Draw(picture)
         if demo:
             draw.text((6, 4), "demonstration", "black")
-        left = 250 * (len(parts) - 1)
-        draw.rectangle((left, 0, left + 249, 249), outline="green" if success else "red", width=3)
-        draw.text((left + 6, 4), f"rollout {'succeeds' if success else 'fails'}", "black")
+        for column, (_, success) in enumerate(films, len(demo)):
+            left = 250 * column
+            draw.rectangle((left, 0, left + 249, 249), outline="green" if success else "red", width=3)
+            draw.text((left + 6, 4), f"rollout {'succeeds' if success else 'fails'}", "black")
         pictures.append(picture)
     write_atomically(path, lambda file: pictures[0].save(
         file, "gif", save_all=True, append_images=pictures[1:], duration=100, loop=0))
+
+
+# The embedding --------------------------------------------------------------------------------
+
+@torch.no_grad()
+def embedding_map(path, model, data, train_data, side=1600, thumbnail=60):
+    """Draw the last frames of demonstrations at the first two principal components of their sentences.
+
+    Returns retrieval figures: the shares of demos whose sentence is nearest (largest dot product) to
+    the sentence of their own task, made of the other demos, and the nearest training task of each task.
+    """
+    s_q = model.embed(torch.from_numpy(data.ends)[:, :, None])  # (N, D, E), every demo alone
+    N, D, E = s_q.shape
+    totals = s_q.sum(1)
+    similarity = torch.einsum("nde,me->ndm", s_q, F.normalize(totals, dim=-1))
+    own = (s_q * F.normalize(totals[:, None] - s_q, dim=-1)).sum(-1)  # (N, D), without the demo itself
+    similarity[torch.arange(N), :, torch.arange(N)] = own
+    found = similarity.argmax(-1) == torch.arange(N)[:, None]
+    s_U, s_train = (model.embed(torch.from_numpy(set_.ends)) for set_ in (data, train_data))
+    nearness, nearest = (s_U @ s_train.T).max(-1)
+
+    points = s_q[:, 0] - s_q[:, 0].mean(0)  # one demo a task is drawn
+    points = points @ torch.linalg.svd(points, full_matrices=False).Vh[:2].T
+    points = (points - points.amin(0)) / (points.amax(0) - points.amin(0)) * (side - thumbnail)
+    canvas = Image.new("RGB", (side, side), "white")
+    for task, (x, y) in enumerate(points.round().int().tolist()):
+        canvas.paste(Image.fromarray(data.ends[task, 0, 1]).resize((thumbnail, thumbnail)), (x, y))
+    write_atomically(path, lambda file: canvas.save(file, "png"))
+    return {"tasks": N, "demos": N * D, "retrieval": found.float().mean().item(),
+            "nearest_training_task": nearest.tolist(), "nearest_similarity": nearness.tolist()}
 
 
 def main():
@@ -230,9 +267,17 @@ def main():
     parser.add_argument("--seed", type=number(int, 0), default=0, help="of the trials and the choice of demonstrations")
     parser.add_argument("--workers", type=number(int, 1), default=os.cpu_count(), help="processes")
     parser.add_argument("--policy", choices=POLICIES, default="tecnets", help="no-demo: a zero sentence")
-    parser.add_argument("--out", required=True, help="folder of results.json and the GIFs")
-    parser.add_argument("--gif", type=number(int, 0), default=0, help="film the first trial of this many tasks")
+    parser.add_argument("--out", default="runs/evaluation", help="folder of results.json and the GIFs")
+    parser.add_argument("--gif", type=number(int, 0), default=0, help="film the first trials of this many tasks")
+    parser.add_argument("--embedding-map", metavar="PNG", help="draw the tasks' sentences, write figures to PNG.json, and end")
     args = parser.parse_args()
+    if args.embedding_map:
+        sets = TaskSet(args.data, args.split, args.tasks), TaskSet(args.data, "train")
+        figures = embedding_map(args.embedding_map, load_model(args.checkpoint)[0], *sets)
+        write_atomically(f"{args.embedding_map}.json", lambda file: file.write(json.dumps(figures, indent=1).encode()))
+        print(f"{figures['retrieval']:.1%} of {figures['demos']} demonstrations are nearest to their own among "
+              f"{figures['tasks']} tasks; figures in {args.embedding_map}.json")
+        return
     learned, out = args.policy in ("tecnets", "no-demo"), Path(args.out)
     shots = args.shots if args.policy == "tecnets" else [0]
     checkpoint, data = None, None

@@ -661,6 +661,21 @@ def test_demonstrations_on_the_fly_are_those_of_the_data_set(data_set, trained, 
     assert evaluate.run_trials(*arguments) == evaluate.run_trials(*arguments, data.TaskSet(data_set, "test"))
 
 
+def test_embedding_map(data_set, trained, tmp_path):
+    model, tasks, others = train.load_model(trained / "best.pt")[0], *(data.TaskSet(data_set, name) for name in ("train", "val"))
+    figures = evaluate.embedding_map(tmp_path / "map.png", model, tasks, others)
+    found, s = [], lambda set_, task, demos: model.embed(torch.from_numpy(set_.ends[task, demos])).detach()
+    for task, demo in np.ndindex(4, 4):
+        rest = [i for i in range(4) if i != demo]
+        near = [s(tasks, task, [demo]) @ s(tasks, i, rest if i == task else range(4)) for i in range(4)]
+        found.append(np.argmax(near) == task)
+    assert figures["retrieval"] == pytest.approx(np.mean(found))
+    near = [[s(tasks, i, range(4)) @ s(others, j, range(4)) for j in range(2)] for i in range(4)]
+    assert figures["nearest_training_task"] == np.argmax(near, 1).tolist()
+    with evaluate.Image.open(tmp_path / "map.png") as picture:
+        assert len(picture.getcolors(2 ** 24)) > 100
+
+
 def test_wilson_interval():
     assert evaluate.wilson(9, 10) == pytest.approx((0.5958, 0.9821), abs=1e-4)
     assert evaluate.wilson(0, 444)[0] == 0 and evaluate.wilson(444, 444)[1] == 1
@@ -738,7 +753,7 @@ def test_numbers_out_of_range(module, words, flag, value, capsys, monkeypatch, t
     (train, "--resume --name weights", "weights only"),
     (train, "--resume --name moved", "no data set in {tmp}/moved-data"),
     (train, "--resume --name changed", "not the data set"),
-    (evaluate, "", "--out"),
+    (evaluate, "--embedding-map none/map.png --data {data} --tasks 2 --checkpoint {trained}", "none/map.png"),
     (evaluate, "--out e --data {data} --checkpoint {trained}", "2 test tasks, not 74"),
     (evaluate, "--out e --data {data} --tasks 2 --shots 5 --checkpoint {trained}", "5 shots"),
     (evaluate, "--out e --checkpoint none.pt", "no checkpoint none.pt"),
