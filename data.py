@@ -38,6 +38,7 @@ NOISE = 0.1  # std of the noise on a demonstration's executed actions; the clean
 CLEAN_ATTEMPTS = 20  # from here on a demo may end up to SUCCESS_DISTANCE off or move the distractor
 ATTEMPTS = 40
 STATE_STD_FLOOR = 1e-3  # as in MIL
+TEMPORARY = ".unfinished"  # ends the names of files that are being written
 
 
 class UserError(Exception):
@@ -66,6 +67,8 @@ def command(main):
         main()
     except (UserError, OSError) as error:
         fail(error)
+    except MemoryError:
+        fail("not enough memory: take less at a time (see --help)")
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
 
@@ -105,7 +108,10 @@ def parallel(function, jobs, workers, initializer=None, initargs=()):
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(max(1, min(workers, len(jobs))), context, _start_worker, (initializer, initargs))
     try:
-        for future in as_completed([pool.submit(function, job) for job in jobs]):
+        interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C reaches all, this process decides
+        futures = [pool.submit(function, job) for job in jobs]
+        signal.signal(signal.SIGINT, interrupt)
+        for future in as_completed(futures):
             yield future.result()
     except BrokenProcessPool:
         raise UserError("a worker process died, perhaps for lack of memory: run the same command with fewer --workers")
@@ -122,7 +128,6 @@ def _start_worker(initializer, initargs):
         multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
         os._exit(1)
     threading.Thread(target=follow, daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent decides
     if initializer:
         initializer(*initargs)
 
@@ -136,14 +141,19 @@ def locked(folder):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{folder} is being written by another process: wait for it or choose another folder")
-        for stale in folder.glob("**/*.tmp"):
-            stale.unlink()
+        remove_stale(folder)
         yield
+
+
+def remove_stale(folder):
+    """Delete the temporary files that killed processes left in a folder."""
+    for stale in folder.glob("*" + TEMPORARY):
+        stale.unlink(missing_ok=True)
 
 
 def write_atomically(path, write):
     """Call `write(file)` on a temporary file beside `path`, then give it its name."""
-    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    temporary = Path(f"{path}.{os.getpid()}{TEMPORARY}")
     try:
         with open(temporary, "wb") as file:
             write(file)
@@ -162,9 +172,9 @@ def write_checked(path, write):
     write_atomically(path, lambda file: file.writelines((content, hashlib.sha256(content).digest())))
 
 
-def read_checked(path):
-    """What write_checked wrote, as a memoryview. Raises ValueError if a single bit differs."""
-    content = memoryview(Path(path).read_bytes())
+def checked(content):
+    """What write_checked was given to write, of the bytes of its file. Raises ValueError if a single bit differs."""
+    content = memoryview(content)
     if hashlib.sha256(content[:-32]).digest() != content[-32:]:
         raise ValueError("checksum")
     return content[:-32]
@@ -231,17 +241,21 @@ def generate(folder, counts, demos, seed, workers=None):
 
 
 def _make(folder, manifest, write, job, workers):
-    """Call `write(job(split, index))` in parallel for all tasks of the manifest that are not there yet."""
+    """Call `write(job(split, index))` in parallel for the manifest's tasks that are not there yet.
+
+    A manifest that is there must have the same settings; the new one has the larger number of tasks.
+    """
     with locked(folder):
-        counts = manifest["tasks"]
+        counts, old = manifest["tasks"], {"tasks": {}}
         if (folder / "manifest.json").exists():
             old = read_manifest(folder)
-            tasks = {split: max(counts.get(split, 0), old["tasks"].get(split, 0)) for split in sim.SPLITS}
-            manifest = {**manifest, "tasks": tasks}
-            if {**old, "tasks": tasks} != manifest:
+            if {**old, "tasks": counts} != manifest:
                 raise UserError(f"{folder} holds data with other settings (seed {old['seed']}, {old['demos']} demos): "
                                 "give the same, or choose another --out")
-        write_manifest(folder, manifest)
+        tasks = {split: max(counts.get(split, 0), old["tasks"].get(split, 0)) for split in sim.SPLITS}
+        write_manifest(folder, {**manifest, "tasks": tasks})
+        for split in counts:
+            remove_stale(folder / split)
         jobs = [job(split, index) for split in counts for index in range(counts[split])
                 if not task_path(folder, split, index).exists()]
         start = time.monotonic()
@@ -259,14 +273,14 @@ def write_manifest(folder, manifest):
     write_atomically(folder / "manifest.json", lambda file: file.write(text.encode()))
 
 
-def _digest(manifest):
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+def _digest(values):
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def data_command(folder, manifest):
     """The command that makes or finishes a data set."""
     if manifest["seed"] is None:
-        return f"python data.py --out {folder} --from-mil DIR"
+        return f"python data.py --out {folder} --from-mil DIR --val {manifest['tasks']['val']}"
     tasks = " ".join(f"--{split} {count}" for split, count in manifest["tasks"].items())
     return f"python data.py --out {folder} {tasks} --demos {manifest['demos']} --seed {manifest['seed']}"
 
@@ -310,7 +324,8 @@ def import_mil(source, folder, val, workers=None):
                         "give the folder of MIL's data, and a --val below that number")
     paths["train"], paths["val"] = paths["train"][:-val], paths["train"][-val:]
     manifest = dict(version=VERSION, seed=None, demos=len(MIL_DEMOS), noise=None, horizon=sim.HORIZON,
-                    image_size=sim.IMAGE_SIZE, tasks={split: len(paths[split]) for split in sim.SPLITS})
+                    image_size=sim.IMAGE_SIZE, tasks={split: len(paths[split]) for split in sim.SPLITS},
+                    source=_digest({split: [path.name for path in paths[split]] for split in sim.SPLITS}))
     _make(Path(folder), manifest, _import_task, lambda split, index: (folder, split, index, paths[split][index]), workers)
 
 
@@ -319,7 +334,7 @@ def _import_task(job):
     try:
         with open(path, "rb") as file:
             content = _ArraysUnpickler(file, encoding="latin1").load()
-        arrays = {name: np.asarray(content[name]).astype(np.float32) for name in MIL_SHAPES}
+        arrays = {name: content[name].values.astype(np.float32) for name in MIL_SHAPES}
         if any(arrays[name].shape != shape or not np.isfinite(arrays[name]).all() for name, shape in MIL_SHAPES.items()):
             raise ValueError("shape")
     except OSError:
@@ -332,26 +347,51 @@ def _import_task(job):
     return split, index
 
 
-class _ArraysUnpickler(pickle.Unpickler):
-    """A pickle of strangers is code: only what builds numpy arrays and plain containers is admitted."""
+class _Dtype:
+    """Stands in for numpy.dtype in a pickle: floating-point numbers only."""
+
+    def __init__(self, name, *_):
+        if name not in ("f4", "f8"):
+            raise pickle.UnpicklingError(f"numbers of type {name}")
+        self.name = name
+
+    def __setstate__(self, state):
+        self.name = {"<": "<", ">": ">"}[state[1]] + self.name
+
+
+class _Array:
+    """Stands in for numpy.ndarray in a pickle; numpy's own would believe whatever state it is given."""
+
+    def __init__(self, *_):
+        pass
+
+    def __setstate__(self, state):
+        _, shape, dtype, fortran, raw = state
+        raw = raw.encode("latin1") if isinstance(raw, str) else raw
+        self.values = np.frombuffer(raw, dtype.name).reshape(shape, order="F" if fortran else "C")
+
+
+class _ArraysUnpickler(pickle._Unpickler):  # the one in C takes as much memory as a pickle asks for
+    """A pickle of strangers is code: only what builds arrays and plain containers is admitted."""
+
+    ADMITTED = {"numpy.ndarray": _Array, "numpy.dtype": _Dtype, "numpy.core.multiarray._reconstruct": _Array,
+                "numpy._core.multiarray._reconstruct": _Array, "_codecs.encode": lambda text, _: text.encode("latin1")}
 
     def find_class(self, module, name):
-        admitted = {"numpy.ndarray": "an array", "numpy.dtype": np.dtype, "_codecs.encode": lambda text, _: text.encode("latin1"),
-                    **dict.fromkeys(("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct"),
-                                    lambda *_: np.empty(0))}
-        if f"{module}.{name}" not in admitted:
+        if f"{module}.{name}" not in self.ADMITTED:
             raise pickle.UnpicklingError(f"{module}.{name} is not admitted")
-        return admitted[f"{module}.{name}"]
+        return self.ADMITTED[f"{module}.{name}"]
 
 
 def _read_gif(path):
     """The frames (100, 125, 125, 3) uint8 of one of MIL's GIFs."""
-    size = (sim.IMAGE_SIZE, sim.IMAGE_SIZE)
+    size, frames = (sim.IMAGE_SIZE, sim.IMAGE_SIZE), []
     try:
         with Image.open(path, formats=["GIF"]) as gif:
-            if gif.size != size:  # before any pixel is read
-                raise ValueError(f"{gif.size} pixels")
-            frames = [np.array(frame.convert("RGB")) for frame in itertools.islice(ImageSequence.Iterator(gif), sim.HORIZON + 1)]
+            for frame in itertools.islice(ImageSequence.Iterator(gif), sim.HORIZON + 1):
+                if frame.size != size:  # before any pixel is read
+                    raise ValueError(f"{frame.size} pixels")
+                frames.append(np.array(frame.convert("RGB")))
         if len(frames) != sim.HORIZON:
             raise ValueError(f"{len(frames)} frames or more")
     except FileNotFoundError:
@@ -401,7 +441,7 @@ class TaskSet:
                   "offsets": ((demos * horizon + 1,), "<i8")}
         remedy = data_command(path.parents[1], self.manifest)
         try:
-            content = read_checked(path)
+            content = checked(path.read_bytes())
             with zipfile.ZipFile(io.BytesIO(content)) as archive:
                 arrays = {name: _read_array(archive, name, *shapes[name]) for name in shapes}
                 arrays["frames"] = _read_array(archive, "frames", (int(arrays["offsets"][-1]),), "|u1")
@@ -524,9 +564,9 @@ def main():
     else:
         counts = {"test": args.test, "val": args.val, "train": args.train}
         generate(args.out, counts, args.demos, args.seed, args.workers)
-    tasks = read_manifest(args.out)["tasks"]
-    size = sum(path.stat().st_size for path in Path(args.out).glob("*/*.npz"))
-    print(f"{args.out}: {tasks['train']} + {tasks['val']} + {tasks['test']} tasks, {size / 1e9:.2f} GB")
+    paths = list(Path(args.out).glob("*/*.npz"))
+    counts = " + ".join(str(sum(path.parent.name == split for path in paths)) for split in sim.SPLITS)
+    print(f"{args.out}: {counts} tasks, {sum(path.stat().st_size for path in paths) / 1e9:.2f} GB")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import json
 import math
 import os
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -93,7 +94,7 @@ def rollout(env, policy, task, seed, film=None):
 def _start_worker(checkpoint):
     global _model
     torch.set_num_threads(1)  # more would fight over the cores of the other workers
-    _model = checkpoint and load_model(checkpoint)[0]
+    _model = checkpoint and load_model("the checkpoint", content=checkpoint)[0]
 
 
 def _run_task(job):
@@ -118,7 +119,7 @@ def _run_task(job):
             save_gif(film_to / f"task{index:02d}-shots{shots}.gif", [demo["frames"] for demo in demos[:1]], films)
         if record:
             with open(record, "a") as file:  # one write: whole lines, but for a torn last one that resuming drops
-                file.write("".join(json.dumps(row) + "\n" for row in rows[recorded:]))
+                file.write("".join(_line(row) for row in rows[recorded:]))
             recorded = len(rows)
     env.close()
     return rows
@@ -127,7 +128,8 @@ def _run_task(job):
 def run_trials(policy, split, tasks, trials, shots, seed, workers, checkpoint=None, data=None, films=0, out=None, done=()):
     """The rows of tasks x trials for one number of shots, sorted by task and trial.
 
-    Demonstrations are a seeded choice of a task's, from the TaskSet `data` or, without one, recorded.
+    `checkpoint` is the content of one, for tecnets and no-demo. Demonstrations are a seeded choice of
+    a task's, from the TaskSet `data` or, without one, recorded.
     `done` are rows of trials that need not be run again. With a folder `out`, every row is appended to
     its trials.jsonl, and the first trials of the first `films` tasks become a GIF.
     """
@@ -157,21 +159,29 @@ def run_trials(policy, split, tasks, trials, shots, seed, workers, checkpoint=No
     return sorted(rows, key=lambda row: (row["task"], row["trial"]))
 
 
+def _line(values):
+    text = json.dumps(values)
+    return f"{zlib.crc32(text.encode()):08x} {text}\n"
+
+
 def resume(record, header):
     """The rows of the trials.jsonl of an interrupted evaluation; begins the file if there is none.
 
-    Raises UserError if it belongs to another evaluation.
+    Raises UserError if it is damaged or belongs to another evaluation.
     """
-    rows = []
+    lines = []
     if record.exists():
-        lines = record.read_text(errors="replace").split("\n")[:-1]  # without a torn last line
-        try:
-            old, *rows = map(json.loads, lines or ["{}"])
-        except ValueError:
-            raise UserError(f"{record} is damaged: delete it to evaluate anew")
-        if old != header:
+        for line in record.read_text(errors="replace").split("\n")[:-1]:  # without a torn last line
+            try:
+                lines.append(json.loads(line[9:]))
+            except ValueError:
+                lines.append(None)
+            if _line(lines[-1]) != line + "\n":
+                raise UserError(f"{record} is damaged: delete it to evaluate anew")
+        if lines[:1] not in ([header], []):
             raise UserError(f"{record} belongs to another evaluation: choose another --out, or delete it")
-    write_atomically(record, lambda file: file.writelines(json.dumps(row).encode() + b"\n" for row in [header, *rows]))
+    rows = lines[1:]
+    write_atomically(record, lambda file: file.writelines(_line(values).encode() for values in [header, *rows]))
     return rows
 
 
@@ -279,13 +289,13 @@ def main():
               f"{figures['tasks']} tasks; figures in {args.embedding_map}.json")
         return
     learned, out = args.policy in ("tecnets", "no-demo"), Path(args.out)
-    shots = args.shots if args.policy == "tecnets" else [0]
+    shots = list(dict.fromkeys(args.shots)) if args.policy == "tecnets" else [0]
     checkpoint, data = None, None
     if learned:
-        checkpoint = args.checkpoint
-        c = load_model(checkpoint)[0].settings
+        c = load_model(args.checkpoint)[0].settings
+        checkpoint = Path(args.checkpoint).read_bytes()  # once: all trials are of the same weights
         if (c.image_size, c.state_dim, c.action_dim) != (sim.IMAGE_SIZE, sim.STATE_DIM, sim.ACTION_DIM):
-            raise UserError(f"{checkpoint} was trained on images of {c.image_size} pixels, {c.state_dim} states and "
+            raise UserError(f"{args.checkpoint} was trained on images of {c.image_size} pixels, {c.state_dim} states and "
                             f"{c.action_dim} actions, not on this benchmark's: take another checkpoint")
     if args.policy == "tecnets":
         if (Path(args.data) / "manifest.json").exists():
@@ -294,22 +304,29 @@ def main():
                 raise UserError(f"{args.data} is imported: its objects are not in this simulator; give another --data")
         else:
             print(f"no data set in {args.data}: recording the demonstrations on the fly")
+    evaluation = {**{name: getattr(args, name) for name in ("policy", "split", "tasks", "trials", "seed", "gif")},
+                  "shots": shots, "checkpoint": learned and hashlib.sha256(checkpoint).hexdigest(),
+                  "demos": data and [data.manifest["seed"], data.n_demos]}
     with locked(out):
         if (out / "results.json").exists():
-            raise UserError(f"{out}/results.json exists: choose another --out, or delete it")
-        header = {**{name: getattr(args, name) for name in ("policy", "split", "tasks", "trials", "seed", "gif")},
-                  "shots": shots, "checkpoint": learned and hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest(),
-                  "data": data and data.manifest["seed"]}
-        done, results = resume(out / "trials.jsonl", header), []
-        for k in shots:
-            start = time.monotonic()
-            rows = run_trials(args.policy, args.split, args.tasks, args.trials, k, args.seed, args.workers, checkpoint,
-                              data, args.gif, out, done)
-            results.append(summary(args.policy, args.split, k, args.seed, rows, time.monotonic() - start))
-        report = {"checkpoint": checkpoint, "results": results}
-        write_atomically(out / "results.json", lambda file: file.write(json.dumps(report, indent=1).encode()))
-        (out / "trials.jsonl").unlink()
-    print(table(results))
+            try:
+                report = json.loads((out / "results.json").read_text())
+                finished = report["evaluation"]
+            except (ValueError, KeyError, TypeError):
+                finished = None
+            if finished != evaluation:
+                raise UserError(f"{out}/results.json is of another evaluation: choose another --out, or delete it")
+        else:
+            done, results = resume(out / "trials.jsonl", evaluation), []
+            for k in shots:
+                start = time.monotonic()
+                rows = run_trials(args.policy, args.split, args.tasks, args.trials, k, args.seed, args.workers,
+                                  checkpoint, data, args.gif, out, done)
+                results.append(summary(args.policy, args.split, k, args.seed, rows, time.monotonic() - start))
+            report = {"evaluation": evaluation, "results": results}
+            write_atomically(out / "results.json", lambda file: file.write(json.dumps(report, indent=1).encode()))
+        (out / "trials.jsonl").unlink(missing_ok=True)
+    print(table(report["results"]))
 
 
 if __name__ == "__main__":

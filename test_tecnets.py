@@ -368,30 +368,41 @@ def contents(folder):
 KILLS = int(os.environ.get("KILLS", 2))  # of each program
 
 
-def kill_often(command, cwd, longest):
-    """Start a program and SIGKILL it with its workers at a random moment, KILLS times; yields after each."""
-    rng = np.random.default_rng(KILLS)
-    for _ in range(KILLS):
+def kill_often(command, cwd, written):
+    """Start a program and SIGKILL it with its workers at random moments, up to KILLS times; yields after each.
+
+    Every second kill comes soon after `written()`, what there is on the disk, has changed. Then the program may end.
+    """
+    rng = np.random.default_rng(0)
+    for kill in range(KILLS):
         process = subprocess.Popen([sys.executable, *map(str, command())], cwd=cwd, start_new_session=True,
                                    stdout=subprocess.DEVNULL, env=ENVIRONMENT)
-        time.sleep(rng.uniform(0.5, longest))
+        before, deadline = written(), time.monotonic() + (100 if kill % 2 == 0 else rng.uniform(0, 5))
+        while process.poll() is None and written() == before and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.5))
+        if process.poll() is not None:
+            assert process.returncode == 0
+            return
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        print(f"{command()[0]}: kill {kill}")
         yield
     run(*command(), cwd=cwd)
 
 
 def test_data_are_the_same_for_one_worker_and_after_kills(data_set, tmp_path):
-    folder, written = tmp_path / "push", {}
+    def written():
+        return {path: path.stat().st_mtime_ns for path in folder.glob("*/*.npz")}
+    folder, finished = tmp_path / "push", {}
     words = ["--out", folder, "--demos", 4, "--seed", 3, "--workers", 1]
     words += [word for split, n in COUNTS.items() for word in (f"--{split}", n)]
-    for _ in kill_often(lambda: (HERE / "data.py", *words), tmp_path, 8):
-        now = {path: path.stat().st_mtime_ns for path in folder.glob("*/*.npz")}
-        assert written.items() <= now.items()  # no finished task is made again
-        written = now
-        for path in now:
-            data.read_checked(path)
-    assert written.items() <= {path: path.stat().st_mtime_ns for path in folder.glob("*/*.npz")}.items()
+    for _ in kill_often(lambda: (HERE / "data.py", *words), tmp_path, written):
+        assert finished.items() <= written().items()  # no finished task is made again
+        finished = written()
+        for path in finished:
+            data.checked(path.read_bytes())
+    assert finished and finished.items() <= written().items()
     assert contents(folder) == contents(data_set)
 
 
@@ -526,11 +537,14 @@ class Malice:
     (lambda pkl, gif: pkl.write_bytes(pickle.dumps({"demoX": np.zeros((24, 100, 20))}, 2)), "demoU"),
     (lambda pkl, gif: pkl.write_bytes(pickle.dumps({"demoX": Malice()}, 2)), "posix.system is not admitted"),
     (lambda pkl, gif: pkl.write_bytes(b"\x80\x02cnumpy\nndarray\n(J\xff\xff\xff\x7ftR."), "demoX"),  # an array of 2 GB
+    (lambda pkl, gif: pkl.write_bytes(b"\x80\x02Nr\xff\xff\xff\x7f."), "demoX"),  # a memo of 34 GB
+    (lambda pkl, gif: pkl.write_bytes(pickle.dumps({"demoX": np.array([Malice()])}, 2)), "numbers of type O"),
     (lambda pkl, gif: gif.unlink(), "missing"),
     (lambda pkl, gif: gif.write_bytes(gif.read_bytes()[:9000]), "not a GIF"),
     (lambda pkl, gif: gif.write_bytes(b"GIF89a"), "not a GIF"),
     (lambda pkl, gif: evaluate.Image.new("P", (125, 125)).save(gif), "1 frames"),
-    (lambda pkl, gif: gif.write_bytes(gif.read_bytes()[:6] + b"\xff" * 4 + gif.read_bytes()[10:]), r"\(65535, 65535\) pixels"),
+    *((lambda pkl, gif, side=side: gif.write_bytes(gif.read_bytes()[:6] + struct.pack("<HH", side, side) + gif.read_bytes()[10:]),
+       message) for side, message in ((126, r"\(126, 126\) pixels"), (65535, "exceeds limit"))),
     (lambda pkl, gif: evaluate.Image.new("RGB", (125, 125)).save(gif, "png"), "not a GIF"),
 ])
 def test_damaged_mil_data(damage, message, mil, tmp_path, monkeypatch):
@@ -586,31 +600,41 @@ def test_interrupted_training_equals_uninterrupted(data_set, trained, tmp_path, 
     assert_same_run(tmp_path / "runs" / "cut", trained)
 
 
-def test_killed_training_equals_uninterrupted(data_set, trained, tmp_path, monkeypatch):
+def test_killed_training_equals_uninterrupted(data_set, trained, tmp_path):
     folder, steps = tmp_path / "runs" / "cut", [0]
 
     def command():
         if (folder / "last.pt").exists():
-            return "train.py", "--name", "cut", "--resume"
-        return "train.py", "--data", data_set, "--name", "cut", *TINY
-    for _ in kill_often(command, tmp_path, 7):
+            return HERE / "train.py", "--name", "cut", "--resume"
+        return HERE / "train.py", "--data", data_set, "--name", "cut", *TINY
+
+    def written():
+        return [path.stat().st_mtime_ns for path in folder.glob("best.pt")]
+    for _ in kill_often(command, tmp_path, written):
         if (folder / "last.pt").exists():
             steps.append(train.load_checkpoint(folder / "last.pt")["step"])
-    assert steps == sorted(steps)
+    assert steps == sorted(steps) and steps[-1] > 0
     assert_same_run(folder, trained)
 
 
 def test_killed_evaluation_equals_uninterrupted(data_set, trained, tmp_path):
-    words = ["--checkpoint", trained / "best.pt", "--data", data_set, "--tasks", 2, "--trials", 3, "--shots", 1, 2]
+    words = ["--checkpoint", trained / "best.pt", "--data", data_set, "--tasks", 2, "--trials", 4, "--shots", 1, 2]
+    words += ["--gif", 1]
     lines, record = [], tmp_path / "cut" / "trials.jsonl"
-    for _ in kill_often(lambda: ("evaluate.py", *words, "--out", "cut"), tmp_path, 9):
+
+    def written():
+        return record.exists() and len(record.read_text().splitlines())
+    for _ in kill_often(lambda: (HERE / "evaluate.py", *words, "--out", "cut"), tmp_path, written):
         if record.exists():
             now = record.read_text().split("\n")[:-1]
             assert now[:len(lines)] == lines and len(set(now)) == len(now)  # nothing lost, nothing run twice
             lines = now
     run("evaluate.py", *words, "--out", "whole", cwd=tmp_path)
     cut, whole = (json.loads((tmp_path / name / "results.json").read_text())["results"] for name in ("cut", "whole"))
-    assert [r["trials"] for r in cut] == [r["trials"] for r in whole] and cut[0]["n_trials"] == 6
+    assert lines and [r["trials"] for r in cut] == [r["trials"] for r in whole] and cut[0]["n_trials"] == 8
+    gifs = [{path.name: path.read_bytes() for path in (tmp_path / name).glob("*.gif")} for name in ("cut", "whole")]
+    assert gifs[0] == gifs[1] and len(gifs[0]) == 2
+    assert "8 " in run("evaluate.py", *words, "--out", "cut", cwd=tmp_path).stdout  # the table again
 
 
 def children(pid):
@@ -623,6 +647,7 @@ def test_workers_end_with_their_parent(signal_, tmp_path):
                                stderr=subprocess.PIPE, text=True)
     while len(workers := children(process.pid)) < 3:  # two and multiprocessing's tracker
         time.sleep(0.1)
+        assert process.poll() is None
     time.sleep(2)
     process.send_signal(signal_)
     start = time.monotonic()
@@ -657,7 +682,7 @@ def test_evaluation_depends_on_the_seed_only(data_set, trained, tmp_path):
 def test_demonstrations_on_the_fly_are_those_of_the_data_set(data_set, trained, monkeypatch):
     """The same rows with the demonstrations of the data set and with those recorded by the evaluation."""
     monkeypatch.setattr(evaluate, "FULL_DATA", {"demos": 4, "seed": 3})
-    arguments = ("tecnets", "test", 1, 1, 2, 0, 1, trained / "best.pt")
+    arguments = ("tecnets", "test", 1, 1, 2, 0, 1, (trained / "best.pt").read_bytes())
     assert evaluate.run_trials(*arguments) == evaluate.run_trials(*arguments, data.TaskSet(data_set, "test"))
 
 
@@ -768,7 +793,7 @@ def test_numbers_out_of_range(module, words, flag, value, capsys, monkeypatch, t
     (evaluate, "--out e --policy nobody", "--policy"),
     (evaluate, "--out e --split holdout", "--split"),
     (evaluate, "--out /proc/none --policy expert", "/proc/none"),
-    (evaluate, "--out done --policy expert", "results.json exists"),
+    (evaluate, "--out done --policy expert", "another evaluation"),
     (evaluate, "--out other --policy expert", "another evaluation"),
     (evaluate, "--out torn --policy expert", "trials.jsonl is damaged"),
 ])
@@ -786,7 +811,7 @@ def test_bad_input(module, words, message, data_set, trained, tmp_path, capsys, 
     for name, content in files.items():
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         data.write_checked(name, lambda file: torch.save(content, file))
-    for name, text in {"done/results.json": "{}", "other/trials.jsonl": '{"policy": "random"}\n',
+    for name, text in {"done/results.json": "{}", "other/trials.jsonl": evaluate._line({"policy": "random"}),
                        "torn/trials.jsonl": "{\n{}\n"}.items():
         Path(name).parent.mkdir()
         Path(name).write_text(text)

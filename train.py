@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 
 import sim
-from data import (Parser, TaskLoader, TaskSet, UserError, choice, command, generate, locked, number, progress,
-                  read_checked, read_manifest, task_path, write_atomically, write_checked)
+from data import (Parser, TaskLoader, TaskSet, UserError, checked, choice, command, generate, locked, number, progress,
+                  read_manifest, task_path, write_atomically, write_checked)
 from tecnets import Settings, TecNets, control_loss, embedding_loss
 
 FORMAT = 2  # of a checkpoint
@@ -38,11 +38,11 @@ OPTIONS = {
     "val_tasks": (number(int, 1), None, "validation tasks to use (default: all)"),
     "minutes": (number(float, 0.1), 60.0, "training time, turned into a number of steps by a calibration"),
     "steps": (number(int, 20), None, "number of steps, in place of --minutes"),
-    "batch": (number(int, 2), 32, "B, tasks a step"),
-    "support": (number(int, 1), 5, "K, support demos a task"),
+    "batch": (number(int, 2, 10_000), 32, "B, tasks a step"),
+    "support": (number(int, 1, 1000), 5, "K, support demos a task"),
     "random_support": (number(int, 0, 1), 1, "1: every step draws its K from 1 to --support"),
-    "query": (number(int, 1), 1, "Q, query demos a task"),
-    "samples": (number(int, 1), 4, "control samples of the support and of the query set a task"),
+    "query": (number(int, 1, 1000), 1, "Q, query demos a task"),
+    "samples": (number(int, 1, 1000), 4, "control samples of the support and of the query set a task"),
     "early": (number(float, 1, 10), 3.0, "times of control samples are T u^early: 1 uniform (paper), more favours the start"),
     "mirror": (number(int, 0, 1), None, "1: half of the tasks are seen in a mirror (default: unless imported)"),
     "chunk": (number(int, 1), 256, "images a backward pass holds in memory"),
@@ -100,10 +100,11 @@ def has_bfloat16(device):
     return torch.cuda.is_bf16_supported() if device == "cuda" else torch.cpu._is_avx512_bf16_supported()
 
 
-def load_checkpoint(path, device="cpu"):
-    """The dict of a checkpoint. Raises UserError if it is missing or not one of ours."""
+def load_checkpoint(path, device="cpu", content=None):
+    """The dict of a checkpoint, from its file or the file's content. Raises UserError if it is missing or not one of ours."""
     try:
-        checkpoint = torch.load(io.BytesIO(read_checked(path)), map_location=device, weights_only=True)
+        content = Path(path).read_bytes() if content is None else content
+        checkpoint = torch.load(io.BytesIO(checked(content)), map_location=device, weights_only=True)
         version = checkpoint["format"]
     except FileNotFoundError:
         raise UserError(f"no checkpoint {path}: train one with python train.py")
@@ -116,9 +117,9 @@ def load_checkpoint(path, device="cpu"):
     return checkpoint
 
 
-def load_model(path, device="cpu"):
+def load_model(path, device="cpu", content=None):
     """(TecNets in evaluation mode, the checkpoint's dict)."""
-    checkpoint = load_checkpoint(path, device)
+    checkpoint = load_checkpoint(path, device, content)
     try:
         model = TecNets(Settings(**checkpoint["settings"])).to(device)
         model.load_state_dict(checkpoint["model"])
@@ -137,16 +138,16 @@ def open_data(options):
     folder, counts = Path(options["data"]), {"train": options["tasks"], "val": options["val_tasks"]}  # None: all
     if (folder / "manifest.json").exists():
         manifest = read_manifest(folder)
-        wanted = {split: min(count or manifest["tasks"][split], manifest["tasks"][split]) for split, count in counts.items()}
+        tasks = {split: min(count or manifest["tasks"][split], manifest["tasks"][split]) for split, count in counts.items()}
     else:
         manifest = SMOKE_DATA if options["preset"] == "smoke" else FULL_DATA
-        wanted = {split: count or manifest["tasks"][split] for split, count in counts.items()}
-    missing = sum(not task_path(folder, split, index).exists() for split in wanted for index in range(wanted[split]))
+        tasks = {**manifest["tasks"], **{split: count for split, count in counts.items() if count}}
+    missing = sum(not task_path(folder, split, index).exists() for split in tasks for index in range(tasks[split]))
     if missing and manifest["seed"] is not None:
         minutes = missing * manifest["demos"] * sim.HORIZON / FRAMES_PER_SECOND / os.cpu_count() / 60
         print(f"making {missing} tasks of the data set {folder}: about {minutes:.1f} min on {os.cpu_count()} cores",
               flush=True)
-        generate(folder, {**manifest["tasks"], **wanted}, manifest["demos"], manifest["seed"])
+        generate(folder, tasks, manifest["demos"], manifest["seed"])
     return [TaskSet(folder, split, count) for split, count in counts.items()]
 
 
@@ -309,11 +310,11 @@ def main():
     keep_freed_memory()
     with locked(folder):
         run = start(folder, *arguments)
-        print(f"{folder}: step {run.step} of {run.steps}, {run.options['tasks']} training tasks, "
-              f"{run.options['batch']} a step", flush=True)
         signals = []
         for name in (signal.SIGINT, signal.SIGTERM):
             signal.signal(name, lambda number_, _: signals.append(number_))
+        print(f"{folder}: step {run.step} of {run.steps}, {run.options['tasks']} training tasks, "
+              f"{run.options['batch']} a step", flush=True)
         run.train(stop=lambda: bool(signals))
     if signals:
         print(f"stopped at step {run.step} of {run.steps}: go on with --resume")
