@@ -239,7 +239,7 @@ def save_gif(path, demo, films):
 # The embedding --------------------------------------------------------------------------------
 
 @torch.no_grad()
-def embedding_map(path, model, data, train_data, side=1600, thumbnail=60):
+def embedding_map(path, model, data, train_data, side=1600, thumbnail=120):
     """Draw the last frames of demonstrations at the first two principal components of their sentences.
 
     Returns retrieval figures: the shares of demos whose sentence is nearest (largest dot product) to
