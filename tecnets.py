@@ -242,10 +242,10 @@ class TecNets(nn.Module):
         Returns a dict of detached scalars: loss, loss_emb, loss_U, loss_q, accuracy.
         """
         c, ends_U, ends_q, images = self.settings, batch["ends_U"], batch["ends_q"], batch["images"]
-        (B, K), Q, M = ends_U.shape[:2], ends_q.shape[1], images.shape[2]
-        f = self._embeddings(torch.cat([ends_U, ends_q], 1).flatten(0, 1), chunk).unflatten(0, (B, K + Q))
-        s_U = sentence(f[:, :K], c.support_mean)  # (B, E)
-        s_q = F.normalize(f[:, K:], dim=-1) if c.normalise_queries else f[:, K:]  # (B, Q, E)
+        B, M = len(images), images.shape[2]
+        f_U, f_q = (self._embeddings(ends.flatten(0, 1), chunk).unflatten(0, ends.shape[:2]) for ends in (ends_U, ends_q))
+        s_U = sentence(f_U, c.support_mean)  # (B, E)
+        s_q = F.normalize(f_q, dim=-1) if c.normalise_queries else f_q  # (B, Q, E)
         loss_emb, accuracy = embedding_loss(s_U, s_q, c.margin, c.negatives)
 
         leaf, loss_U, loss_q = s_U.detach().requires_grad_(), 0.0, 0.0
