@@ -70,7 +70,7 @@ def training_step(data):
     limits = {"copied bytes/s": block.numel() / t.pop("copy"), **{f"{name} FLOP/s": 2 * n ** 3 / t[name] for name in t}}
     batch, model, bfloat16, plain = random_batch(B), TecNets(), TecNets(), TecNets().to(memory_format=torch.contiguous_format)
     bfloat16.bfloat16 = True
-    t = medians(4, plain=lambda: plain_step(plain, batch))
+    t = medians(4, plain=lambda: plain_step(plain, batch))  # first, not in turn: the next line cannot be undone
     keep_freed_memory()
     t |= medians(float32=lambda: model.backward(batch), bfloat16=lambda: bfloat16.backward(batch),
                  **{"plain, memory kept": lambda: plain_step(plain, batch)})
