@@ -79,14 +79,14 @@ class RandomPolicy:
 
 
 def rollout(env, policy, task, seed, film=None):
-    """One trial: a dict with success, final_distance and distractor_displacement; frames go to `film`."""
+    """One trial: a dict with success, final_distance, distractor_displacement and lost; frames go to `film`."""
     obs, info = env.reset(seed=seed, options={"task": task, "swap": task.index % 2 == 1})
     for _ in range(sim.HORIZON):
         if film is not None:
             film.append(obs["image"])
         obs, _, _, _, info = env.step(policy.act(obs))
     return {"success": bool(info["success"]), "final_distance": round(info["distance"], 5),
-            "distractor_displacement": round(info["distractor_displacement"], 5)}
+            "distractor_displacement": round(info["distractor_displacement"], 5), "lost": bool(info["lost"])}
 
 
 # Trials ---------------------------------------------------------------------------------------

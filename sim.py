@@ -10,6 +10,7 @@ import colorsys
 import contextlib
 import ctypes
 import functools
+import math
 import os
 import sys
 import tempfile
@@ -81,10 +82,12 @@ START_JOINTS = (0.0, 1.562, 0.0, -2.045, 0.0, -0.465, 0.0)  # fork at (-0.37, 0,
 DAMPING = np.array([15, 15, 10, 8, 1.5, 1.5, 0.6])  # N m s/rad: torque acts like a velocity command
 TORQUE = np.array([20, 20, 10, 10, 2, 2, 1.0])  # action 1
 SUBSTEPS = 12  # of 1/240 s
+STABLE = 1.9  # bound on step x eigenvalues of M^-1 D, damping diverges from 2; demonstrations stay below it
 
 # The camera, opposite the robot: 0.73 m from the goal, 50 degrees down, 45 degrees field of view.
 CAMERA_TARGET, CAMERA_DISTANCE, CAMERA_ELEVATION, CAMERA_FOV = (-0.12, 0, 0), 0.8, -50, 45
 SUPERSAMPLE = 2  # rendered at twice the size and averaged
+TABLE_EDGE = 2.0  # from the goal, along x and y
 TABLE_RGB, GOAL_RGB = (0.72, 0.70, 0.64), (0.85, 0.05, 0.05)
 DRAWN_LINKS = (5, 6, 7)  # the camera never sees the others
 
@@ -183,6 +186,19 @@ def body_shape(body):
     return scale, centre, float(radius)
 
 
+def _write_textured(file, triangles):
+    """Write an OBJ of triangles (T, 3, 3), each flat, its texture projected along the axis that it faces most."""
+    normals = np.cross(triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0])
+    normals /= np.linalg.norm(normals, axis=1, keepdims=True) + 1e-12
+    facing = np.abs(normals).argmax(1)
+    uvs = np.take_along_axis(triangles, np.array([[1, 2], [0, 2], [0, 1]])[facing][:, None], 2) / 0.08
+    for kind, rows in (("v", triangles.reshape(-1, 3)), ("vt", uvs.reshape(-1, 2)), ("vn", normals)):
+        file.writelines(f"{kind} {' '.join(map(repr, row))}\n" for row in rows.tolist())
+    for i in range(len(triangles)):
+        file.write("f " + " ".join(f"{j}/{j}/{i + 1}" for j in (3 * i + 1, 3 * i + 2, 3 * i + 3)) + "\n")
+    file.flush()
+
+
 @functools.lru_cache(maxsize=1)
 def _arm_urdf():
     """Text of pybullet_data's iiwa with the fork, without collision shapes and hidden visuals."""
@@ -215,7 +231,7 @@ def _background(size):
     """The empty scene, RGBA (size, size) as uint32: all that stands behind the moving bodies."""
     with _quiet():
         client = BulletClient(pybullet.DIRECT)
-    table = client.createVisualShape(client.GEOM_BOX, halfExtents=(2, 2, 0.01), rgbaColor=(*TABLE_RGB, 1))
+    table = client.createVisualShape(client.GEOM_BOX, halfExtents=(TABLE_EDGE, TABLE_EDGE, 0.01), rgbaColor=(*TABLE_RGB, 1))
     client.createMultiBody(0, -1, table, (0, 0, -0.01))
     disc = client.createVisualShape(client.GEOM_CYLINDER, radius=GOAL_RADIUS, length=0.001, rgbaColor=(*GOAL_RGB, 1))
     client.createMultiBody(0, -1, disc, (0, 0, 0.001))
@@ -238,8 +254,9 @@ class PushEnv:
 
     An observation is a dict of `state` (20,) float32 and, with `render`, `image`
     (image_size, image_size, 3) uint8, both of the same instant. The reward is 1.0 while the target
-    is within SUCCESS_DISTANCE of the goal. An episode's course depends on the task, the seed and
-    the actions only: every reset starts a fresh physics client.
+    is within SUCCESS_DISTANCE of the goal. `info` has `distance` (of the target from the goal),
+    `distractor_displacement`, `success`, and `lost`: an object is below or off the table. An episode's
+    course depends on the task, the seed and the actions only: every reset starts a fresh physics client.
     """
 
     def __init__(self, image_size=IMAGE_SIZE, render=True):
@@ -262,6 +279,7 @@ class PushEnv:
             self.client = client = BulletClient(pybullet.DIRECT)
         client.setGravity(0, 0, -9.81)
         client.setTimeStep(1 / CONTROL_HZ / SUBSTEPS)
+        client.setPhysicsEngineParameter(enableFileCaching=0)  # would keep every file's bytes for ever
         unseen = client.createVisualShape(client.GEOM_BOX, halfExtents=(0.01,) * 3, visualFramePosition=(0, 0, -99))
         table = client.createMultiBody(0, client.createCollisionShape(client.GEOM_PLANE), unseen)
         client.changeDynamics(table, -1, lateralFriction=1)
@@ -284,8 +302,12 @@ class PushEnv:
         torques = (np.clip(action, -1, 1) * TORQUE + gravity).tolist()
         apply = functools.partial(client.setJointMotorControlArray, self.arm, list(range(7)), client.TORQUE_CONTROL,
                                   forces=torques)
+        mass, root = np.array(client.calculateMassMatrix(self.arm, self.q.tolist())), np.sqrt(DAMPING)
+        stiffness = np.linalg.eigvalsh(root[:, None] * np.linalg.inv(mass) * root)[-1] / CONTROL_HZ / SUBSTEPS
+        substeps = SUBSTEPS * math.ceil(stiffness / STABLE)  # more in some stretched poses
+        client.setTimeStep(1 / CONTROL_HZ / substeps)
         advance = client.stepSimulation
-        for _ in range(SUBSTEPS):  # PyBullet clears the torques at every step
+        for _ in range(substeps):  # PyBullet clears the torques at every step
             apply()
             advance()
         self.steps += 1
@@ -341,22 +363,13 @@ class PushEnv:
         scale, centre, _ = body_shape(body)
         collision = client.createCollisionShape(client.GEOM_MESH, fileName=path, meshScale=scale.tolist(),
                                                 collisionFramePosition=(-centre * scale).tolist())
-        visual = -1
-        if self.render:  # each triangle flat, its texture projected along the axis that it faces most
-            triangles = ((vertices - centre) * scale)[faces]  # (T, 3, 3)
-            normals = np.cross(triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0])
-            normals /= np.linalg.norm(normals, axis=1, keepdims=True) + 1e-12
-            facing = np.abs(normals).argmax(1)
-            uvs = np.take_along_axis(triangles, np.array([[1, 2], [0, 2], [0, 1]])[facing][:, None], 2) / 0.08
-            with tempfile.NamedTemporaryFile("w", suffix=".obj") as file:  # lists would leak in PyBullet
-                for kind, rows in (("v", triangles.reshape(-1, 3)), ("vt", uvs.reshape(-1, 2)), ("vn", normals)):
-                    file.writelines(f"{kind} {' '.join(map(repr, row))}\n" for row in rows.tolist())
-                for i in range(len(faces)):
-                    file.write("f " + " ".join(f"{j}/{j}/{i + 1}" for j in (3 * i + 1, 3 * i + 2, 3 * i + 3)) + "\n")
-                file.flush()
+        with tempfile.NamedTemporaryFile("w", suffix=".obj") as file:  # lists in its place would leak in PyBullet
+            visual = -1
+            if self.render:
+                _write_textured(file, ((vertices - centre) * scale)[faces])
                 visual = client.createVisualShape(client.GEOM_MESH, fileName=file.name)
-        body_id = client.createMultiBody(
-            body.mass, collision, visual, (*place, (np.ptp(vertices, axis=0) * scale)[2] / 2 + 0.001), turn)
+            body_id = client.createMultiBody(  # reads the file again
+                body.mass, collision, visual, (*place, (np.ptp(vertices, axis=0) * scale)[2] / 2 + 0.001), turn)
         client.changeDynamics(body_id, -1, lateralFriction=body.friction, rollingFriction=0.002,
                               spinningFriction=0.002)
         if self.render:
@@ -401,7 +414,8 @@ class PushEnv:
 
     def _info(self):
         target, distractor = self.target_position, self.distractor_position
-        return {"distance": float(np.linalg.norm(target[:2])),
+        lost = any(position[2] < 0 or np.abs(position[:2]).max() > TABLE_EDGE for position in (target, distractor))
+        return {"distance": float(np.linalg.norm(target[:2])), "lost": lost,
                 "distractor_displacement": float(np.linalg.norm((distractor - self._distractor_start)[:2])),
                 "success": self.steps_at_goal >= SUCCESS_STEPS}
 

@@ -350,6 +350,66 @@ def test_the_picture_belongs_to_the_state_and_is_complete(monkeypatch):
     assert (everything == frames).all()
 
 
+EPISODES = int(os.environ.get("EPISODES", 30))
+
+
+def random_episodes(numbers):
+    """What some episodes of random actions, each held for 1, 5 or 25 steps, came to at worst; seeds are `numbers`."""
+    env, memory = sim.PushEnv(render=False), []
+    speed = overshoot = -np.inf
+    lost, unsaid = set(), set()
+    for number in numbers:
+        rng = np.random.default_rng(number)
+        obs, info = env.reset(seed=number, options={"task": sim.make_task("train", number % 800)})
+        joints = [env.client.getJointInfo(env.arm, joint) for joint in range(7)]
+        low, high, rated = (np.array([joint[i] for joint in joints]) for i in (8, 9, 11))
+        for step in range(sim.HORIZON):
+            if step % (1, 5, 25)[number % 3] == 0:
+                action = rng.choice((-1, 1), 7) if rng.random() < 0.5 else rng.uniform(-1, 1, 7)
+            obs, *_, info = env.step(action)
+            places = np.array([env.target_position, env.distractor_position])
+            assert np.isfinite(obs["state"]).all() and np.isfinite(places).all(), (number, step)
+            speed, overshoot = max(speed, (np.abs(env.dq) / rated).max()), max(overshoot, (low - env.q).max(), (env.q - high).max())
+            if (places[:, 2] < 0.005).any() or (np.abs(places) > 2).any():  # half the height of the flattest
+                (lost if info["lost"] else unsaid).add(number)
+        memory.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6)
+    env.close()
+    return {"episodes": len(numbers), "speed": speed, "overshoot": math.degrees(overshoot), "lost": sorted(lost),
+            "unsaid": sorted(unsaid), "memory": memory[::max(1, len(memory) // 20)] + memory[-1:]}
+
+
+def test_random_actions_stay_within_physics():
+    """EPISODES=10000 pytest -s -k random_actions_stay, for more of them."""
+    jobs = [range(EPISODES)[i::2] for i in range(2)]
+    for result in data.parallel(random_episodes, jobs, workers=2):
+        print(result)
+        assert result["speed"] < 1 and result["overshoot"] < 1 and not result["unsaid"]
+        first, last = result["memory"][len(result["memory"]) // 2], result["memory"][-1]  # settled by then
+        assert last - first < 10
+
+
+def test_a_lost_object_is_reported():
+    env = sim.PushEnv(render=False)
+    task = {"task": sim.make_task("train", 0)}
+    assert not env.reset(seed=0, options=task)[1]["lost"]
+    for body, place in ((env.target, (2.5, 0, 0.1)), (env.distractor, (0, -2.5, 0.1)), (env.target, (0, 0, -0.2))):
+        env.reset(seed=0, options=task)
+        env.client.resetBasePositionAndOrientation(body, place, (0, 0, 0, 1))
+        assert env.step([0] * 7)[-1]["lost"]
+    env.close()
+
+
+def test_rendering_keeps_no_memory():
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    env, sizes = sim.PushEnv(), []
+    for seed in range(60):
+        env.reset(seed=seed, options={"task": sim.make_task("train", seed % 4)})
+        sizes.append(resident())
+    env.close()
+    assert sizes[-1] - sizes[20] < 2e6  # PyBullet's file cache took 6 MB
+
+
 @pytest.mark.parametrize("action", [[0] * 6, [math.nan] * 7])
 def test_bad_actions(action):
     env = sim.PushEnv(render=False)
