@@ -226,6 +226,11 @@ def _write_task(folder, split, index, demos):
     write_checked(task_path(folder, split, index), lambda file: np.savez(file, **arrays))
 
 
+def evenly(horizon, count):
+    """`count` times of a demonstration, evenly spaced, the first and the last included."""
+    return np.linspace(0, horizon - 1, count).round().astype(int)
+
+
 def task_path(folder, split, index):
     return Path(folder) / split / f"{index:05d}.npz"
 
@@ -431,7 +436,7 @@ class TaskSet:
         self.ends = np.empty((count, self.n_demos, 2, *self.frame_shape), np.uint8)
         for task in range(count):
             for demo in range(self.n_demos):
-                for end, time_ in enumerate((0, self.horizon - 1)):
+                for end, time_ in enumerate(evenly(self.horizon, 2)):
                     self.ends[task, demo, end] = self.frame(task, demo, time_)
 
     def _read(self, path):
@@ -461,6 +466,14 @@ class TaskSet:
         except (zlib.error, ValueError):
             raise UserError(f"task {task}, demo {demo}, time {time_}: not a frame of {self.frame_shape}; make the data anew")
 
+    def frames(self, tasks, demos, times):
+        """The frames (..., H, W, 3) at indices that are broadcast against each other."""
+        at = np.broadcast_arrays(tasks, demos, times)
+        frames = np.empty((*at[0].shape, *self.frame_shape), np.uint8)
+        for index in np.ndindex(at[0].shape):
+            frames[index] = self.frame(*(indices[index] for indices in at))
+        return frames
+
     def state_statistics(self):
         """Mean and standard deviation (20,) of the states, the latter at least STATE_STD_FLOOR."""
         states = self.states.reshape(-1, self.states.shape[-1]).astype(np.float64)
@@ -487,21 +500,23 @@ class TaskLoader:
     `random_support` every batch draws its K from 1 to the K given. With `mirror` half of the tasks
     are seen in a mirror, all their demos alike.
 
-    It is a dict of uint8 and float32 arrays, U for support and q for query:
-    `ends_U` (B, K, 2, H, W, 3), `ends_q` (B, Q, 2, H, W, 3), `images` (B, 2, F, H, W, 3),
+    It is a dict of uint8 and float32 arrays, U for support and q for query, with n the `demo_frames` of
+    a demo, evenly spaced, first and last for two:
+    `ends_U` (B, K, n, H, W, 3), `ends_q` (B, Q, n, H, W, 3), `images` (B, 2, F, H, W, 3),
     `states` (B, 2, F, 20), `actions` (B, 2, F, 7), with U before q on axis 1. And `tasks` (B,),
     `mirrored` (B,), `demos` (B, K + Q), `control_demos` (B, 2, F), `times` (B, 2, F) tell what was
     drawn. Batches are prepared ahead on a background thread. Raises UserError if B or K + Q are too many.
     """
 
-    def __init__(self, task_set, B, K, Q, F, seed, early=1.0, random_support=False, mirror=False, ahead=3):
+    def __init__(self, task_set, B, K, Q, F, seed, early=1.0, random_support=False, mirror=False,
+                 demo_frames=2, ahead=3):
         if B > task_set.n_tasks:
             raise UserError(f"a batch of {B} tasks needs as many, the data set has {task_set.n_tasks}: lower --batch")
         if K + Q > task_set.n_demos:
             raise UserError(f"K + Q = {K} + {Q} demos are more than the {task_set.n_demos} of a task: "
                             "lower --support or --query")
         self.task_set, self.B, self.K, self.Q, self.F, self.seed, self.early = task_set, B, K, Q, F, seed, early
-        self.random_support, self.mirror = random_support, mirror
+        self.random_support, self.mirror, self.demo_frames = random_support, mirror, demo_frames
         self.position = 0
         self._pool, self._ahead, self._queue = ThreadPoolExecutor(1), ahead, collections.deque()
 
@@ -518,11 +533,11 @@ class TaskLoader:
         control_demos = np.take_along_axis(demos[:, None], picks, 2)  # (B, 2, F)
         times = (data.horizon * rng.random((B, 2, F)) ** self.early).astype(int)
         at = tasks[:, None, None], control_demos, times
-        images = np.empty((B, 2, F, *data.frame_shape), np.uint8)
-        for i, j, k in np.ndindex(B, 2, F):
-            images[i, j, k] = data.frame(tasks[i], control_demos[i, j, k], times[i, j, k])
-        batch = {"ends_U": data.ends[tasks[:, None], demos[:, :K]], "ends_q": data.ends[tasks[:, None], demos[:, K:]],
-                 "images": images, "states": data.states[at], "actions": data.actions[at]}
+        ends = data.ends[tasks[:, None], demos]
+        if self.demo_frames != 2:
+            ends = data.frames(tasks[:, None, None], demos[..., None], evenly(data.horizon, self.demo_frames))
+        batch = {"ends_U": ends[:, :K], "ends_q": ends[:, K:],
+                 "images": data.frames(*at), "states": data.states[at], "actions": data.actions[at]}
         for name in ("ends_U", "ends_q", "images"):
             batch[name][mirrored] = batch[name][mirrored][..., ::-1, :]
         batch["states"][mirrored] *= sim.MIRRORED_STATE

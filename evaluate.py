@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import os
+import statistics
 import time
 import zlib
 from pathlib import Path
@@ -25,35 +26,37 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 import sim
-from data import (Parser, TaskSet, UserError, command, locked, number, parallel, progress, record_demo,
+from data import (Parser, TaskSet, UserError, command, evenly, locked, number, parallel, progress, record_demo,
                   write_atomically)
-from train import FULL_DATA, load_model
+from train import FULL_DATA, METHODS, load_model
 
-POLICIES = ("tecnets", "expert", "random", "no-demo")
+POLICIES = (*METHODS, "no-demo", "expert", "random")
 FILMED_TRIALS = 3
 
 
 # A policy: adapt(demos) before a trial, then act(obs) at every step. `demos` is a list of dicts with
 # the `frames` (T, H, W, 3) uint8 of a demonstration, of which a policy may use what it likes.
 
-class TecNetsPolicy:
-    def __init__(self, model):
-        self.model = model
+class NetworkPolicy:
+    """A network of any method, which reads `demo_frames` evenly spaced frames of a demonstration."""
+
+    def __init__(self, model, demo_frames):
+        self.model, self.demo_frames = model, demo_frames
 
     def adapt(self, demos):
-        ends = np.stack([demo["frames"][[0, -1]] for demo in demos])  # (K, 2, H, W, 3)
+        ends = np.stack([demo["frames"][evenly(len(demo["frames"]), self.demo_frames)] for demo in demos])
         with torch.no_grad():
-            self.s = self.model.embed(torch.from_numpy(ends))
+            self.context = self.model.embed(torch.from_numpy(ends))  # of (K, n, H, W, 3); TecNets' sentence
 
     def act(self, obs):
-        return self.model.act(torch.from_numpy(obs["image"]), torch.from_numpy(obs["state"]), self.s).numpy()
+        return self.model.act(torch.from_numpy(obs["image"]), torch.from_numpy(obs["state"]), self.context).numpy()
 
 
-class NoDemoPolicy(TecNetsPolicy):
-    """The trained network with a zero sentence: what it does without being told the task."""
+class NoDemoPolicy(NetworkPolicy):
+    """TecNets with a zero sentence: what it does without being told the task."""
 
     def adapt(self, demos):
-        self.s = torch.zeros(self.model.settings.embedding_dim)
+        self.context = torch.zeros(self.model.settings.embedding_dim)
 
 
 class ExpertPolicy:
@@ -92,21 +95,27 @@ def rollout(env, policy, task, seed, film=None):
 # Trials ---------------------------------------------------------------------------------------
 
 def _start_worker(checkpoint):
-    global _model
+    global _network
     torch.set_num_threads(1)  # more would fight over the cores of the other workers
-    _model = checkpoint and load_model("the checkpoint", content=checkpoint)[0]
+    _network = checkpoint and _load_network(checkpoint)
+
+
+def _load_network(checkpoint):
+    model, content = load_model("the checkpoint", content=checkpoint)
+    return model, content["options"]["demo_frames"]
 
 
 def _run_task(job):
     """The trials of one task with one number of shots: rows, each also appended to the record."""
     policy_name, split, index, trials, shots, seed, demos, demo_seed, film_to, record = job
     task = sim.make_task(split, index)
-    env = sim.PushEnv(render=policy_name in ("tecnets", "no-demo") or bool(film_to))
+    env = sim.PushEnv(render=policy_name not in ("expert", "random") or bool(film_to))
     demos = [record_demo(env, task, demo, demo_seed) if isinstance(demo, int) else demo for demo in demos]
     rows, films, recorded = [], [], 0
     for trial in trials:
-        policy = {"tecnets": lambda: TecNetsPolicy(_model), "no-demo": lambda: NoDemoPolicy(_model),
-                  "expert": lambda: ExpertPolicy(env), "random": lambda: RandomPolicy([seed, index, trial])}[policy_name]()
+        special = {"no-demo": lambda: NoDemoPolicy(*_network), "expert": lambda: ExpertPolicy(env),
+                   "random": lambda: RandomPolicy([seed, index, trial])}
+        policy = special.get(policy_name, lambda: NetworkPolicy(*_network))()
         policy.adapt(demos)
         scene = [seed, sim.SPLITS.index(split), index // 2, trial]  # the same for both tasks of a pair
         film = [] if film_to and trial < FILMED_TRIALS else None
@@ -128,12 +137,12 @@ def _run_task(job):
 def run_trials(policy, split, tasks, trials, shots, seed, workers, checkpoint=None, data=None, films=0, out=None, done=()):
     """The rows of tasks x trials for one number of shots, sorted by task and trial.
 
-    `checkpoint` is the content of one, for tecnets and no-demo. Demonstrations are a seeded choice of
+    `checkpoint` is the content of one, for the networks. Demonstrations are a seeded choice of
     a task's, from the TaskSet `data` or, without one, recorded.
     `done` are rows of trials that need not be run again. With a folder `out`, every row is appended to
     its trials.jsonl, and the first trials of the first `films` tasks become a GIF.
     """
-    jobs = []
+    jobs, demo_frames = [], _load_network(checkpoint)[1] if checkpoint else 2
     demo_seed, n_demos = (data.manifest["seed"], data.n_demos) if data else (FULL_DATA["seed"], FULL_DATA["demos"])
     if shots > n_demos:
         raise UserError(f"{shots} shots need as many demonstrations, a task has {n_demos}: lower --shots")
@@ -144,8 +153,8 @@ def run_trials(policy, split, tasks, trials, shots, seed, workers, checkpoint=No
         chosen = np.random.default_rng([seed, index]).permutation(n_demos)[:shots].tolist()
         filmed = index < films and 0 in missing
         if data and missing:
-            times = range(data.horizon) if filmed else (0, data.horizon - 1)
-            chosen = [{"frames": np.stack([data.frame(index, demo, time_) for time_ in times])} for demo in chosen]
+            times = range(data.horizon) if filmed else evenly(data.horizon, demo_frames)
+            chosen = [{"frames": data.frames(index, demo, times)} for demo in chosen]
         if missing:
             jobs.append((policy, split, index, missing, shots, seed, chosen, demo_seed, out if filmed else None,
                          out and out / "trials.jsonl"))
@@ -236,6 +245,25 @@ def save_gif(path, demo, films):
         file, "gif", save_all=True, append_images=pictures[1:], duration=100, loop=0))
 
 
+def costs(checkpoint, repeats=20):
+    """Number of parameters, and milliseconds of an adaptation to one demonstration and of an action, on one core."""
+    model, demo_frames = _load_network(checkpoint)
+    policy, seconds = NetworkPolicy(model, demo_frames), {"adapt": [], "act": []}
+    size, state = model.settings.image_size, np.zeros(sim.STATE_DIM, np.float32)
+    frames = np.random.default_rng(0).integers(0, 256, (sim.HORIZON, size, size, 3), np.uint8)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for _ in range(repeats):
+        for name, call in (("adapt", lambda: policy.adapt([{"frames": frames}])),
+                           ("act", lambda: policy.act({"image": frames[0], "state": state}))):
+            start = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - start)
+    torch.set_num_threads(threads)
+    return {"parameters": sum(p.numel() for p in model.parameters()),
+            **{f"{name}_ms": round(1000 * statistics.median(values), 2) for name, values in seconds.items()}}
+
+
 # The embedding --------------------------------------------------------------------------------
 
 @torch.no_grad()
@@ -268,7 +296,7 @@ def embedding_map(path, model, data, train_data, side=1600, thumbnail=120):
 
 def main():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", default="results/weights.pt", help="for tecnets and no-demo")
+    parser.add_argument("--checkpoint", default="results/weights.pt", help="of a network")
     parser.add_argument("--data", default="data/push", help="data set to take demonstrations from, if it is there")
     parser.add_argument("--split", choices=sim.SPLITS, default="test")
     parser.add_argument("--tasks", type=number(int, 1), default=74, help="the first tasks of the split")
@@ -276,36 +304,42 @@ def main():
     parser.add_argument("--shots", type=number(int, 1), nargs="+", default=[1, 5], help="demonstrations a task")
     parser.add_argument("--seed", type=number(int, 0), default=0, help="of the trials and the choice of demonstrations")
     parser.add_argument("--workers", type=number(int, 1), default=os.cpu_count(), help="processes")
-    parser.add_argument("--policy", choices=POLICIES, default="tecnets", help="no-demo: a zero sentence")
+    parser.add_argument("--policy", "--method", choices=POLICIES,
+                        help="by default the checkpoint's; no-demo: TecNets with a zero sentence")
     parser.add_argument("--out", default="runs/evaluation", help="folder of results.json and the GIFs")
     parser.add_argument("--gif", type=number(int, 0), default=0, help="film the first trials of this many tasks")
     parser.add_argument("--embedding-map", metavar="PNG", help="draw the tasks' sentences, write figures to PNG.json, and end")
     args = parser.parse_args()
+    checkpoint, data, method = None, None, None
+    if args.policy not in ("expert", "random"):
+        model, content = load_model(args.checkpoint)
+        checkpoint = Path(args.checkpoint).read_bytes()  # once: all trials are of the same weights
+        method, c = content["options"]["method"], model.settings
+        if args.policy not in (None, method) and (args.policy, method) != ("no-demo", "tecnets"):
+            raise UserError(f"{args.checkpoint} is of the method {method}: leave --policy out or take another checkpoint")
+        if (c.image_size, c.state_dim, c.action_dim) != (sim.IMAGE_SIZE, sim.STATE_DIM, sim.ACTION_DIM):
+            raise UserError(f"{args.checkpoint} was trained on images of {c.image_size} pixels, {c.state_dim} states and "
+                            f"{c.action_dim} actions, not on this benchmark's: take another checkpoint")
+    policy = args.policy or method
     if args.embedding_map:
+        if policy != "tecnets":
+            raise UserError(f"only tecnets has sentences to draw, not {policy}: take another checkpoint")
         sets = TaskSet(args.data, args.split, args.tasks), TaskSet(args.data, "train")
-        figures = embedding_map(args.embedding_map, load_model(args.checkpoint)[0], *sets)
+        figures = embedding_map(args.embedding_map, model, *sets)
         write_atomically(f"{args.embedding_map}.json", lambda file: file.write(json.dumps(figures, indent=1).encode()))
         print(f"{figures['retrieval']:.1%} of {figures['demos']} demonstrations are nearest to their own among "
               f"{figures['tasks']} tasks; figures in {args.embedding_map}.json")
         return
-    learned, out = args.policy in ("tecnets", "no-demo"), Path(args.out)
-    shots = list(dict.fromkeys(args.shots)) if args.policy == "tecnets" else [0]
-    checkpoint, data = None, None
-    if learned:
-        c = load_model(args.checkpoint)[0].settings
-        checkpoint = Path(args.checkpoint).read_bytes()  # once: all trials are of the same weights
-        if (c.image_size, c.state_dim, c.action_dim) != (sim.IMAGE_SIZE, sim.STATE_DIM, sim.ACTION_DIM):
-            raise UserError(f"{args.checkpoint} was trained on images of {c.image_size} pixels, {c.state_dim} states and "
-                            f"{c.action_dim} actions, not on this benchmark's: take another checkpoint")
-    if args.policy == "tecnets":
+    out, shots = Path(args.out), list(dict.fromkeys(args.shots)) if policy in METHODS else [0]
+    if policy in METHODS:
         if (Path(args.data) / "manifest.json").exists():
             data = TaskSet(args.data, args.split, args.tasks)
             if data.manifest["seed"] is None:
                 raise UserError(f"{args.data} is imported: its objects are not in this simulator; give another --data")
         else:
             print(f"no data set in {args.data}: recording the demonstrations on the fly")
-    evaluation = {**{name: getattr(args, name) for name in ("policy", "split", "tasks", "trials", "seed", "gif")},
-                  "shots": shots, "checkpoint": learned and hashlib.sha256(checkpoint).hexdigest(),
+    evaluation = {"policy": policy, **{name: getattr(args, name) for name in ("split", "tasks", "trials", "seed", "gif")},
+                  "shots": shots, "checkpoint": checkpoint and hashlib.sha256(checkpoint).hexdigest(),
                   "demos": data and [data.manifest["seed"], data.n_demos]}
     with locked(out):
         if (out / "results.json").exists():
@@ -320,10 +354,12 @@ def main():
             done, results = resume(out / "trials.jsonl", evaluation), []
             for k in shots:
                 start = time.monotonic()
-                rows = run_trials(args.policy, args.split, args.tasks, args.trials, k, args.seed, args.workers,
+                rows = run_trials(policy, args.split, args.tasks, args.trials, k, args.seed, args.workers,
                                   checkpoint, data, args.gif, out, done)
-                results.append(summary(args.policy, args.split, k, args.seed, rows, time.monotonic() - start))
+                results.append(summary(policy, args.split, k, args.seed, rows, time.monotonic() - start))
             report = {"evaluation": evaluation, "results": results}
+            if policy in METHODS:
+                report["network"] = {**costs(checkpoint), **{name: content[name] for name in ("step", "seconds")}}
             write_atomically(out / "results.json", lambda file: file.write(json.dumps(report, indent=1).encode()))
         (out / "trials.jsonl").unlink(missing_ok=True)
     print(table(report["results"]))

@@ -36,12 +36,15 @@ class Settings:
     normalise_queries: bool = True  # paper (cosine similarity); the code left queries raw
     support_mean: str = "mean-norm"  # paper; code: "norm-mean-norm"
     negatives: str = "sentences"  # paper: other tasks' sentences; code: other tasks' "queries"
+    ends: str = "both"  # frames of a demonstration that are embedded; "first" or "last" alone to compare
 
     def __post_init__(self):
         if self.support_mean not in ("mean-norm", "norm-mean-norm"):
             raise ValueError(f"support_mean is mean-norm or norm-mean-norm, not {self.support_mean}")
         if self.negatives not in ("sentences", "queries"):
             raise ValueError(f"negatives is sentences or queries, not {self.negatives}")
+        if self.ends not in ("both", "first", "last"):
+            raise ValueError(f"ends is both, first or last, not {self.ends}")
 
 
 # The networks (official code, networks/cnn.py) ------------------------------------------------
@@ -98,14 +101,15 @@ class EmbeddingNet(nn.Module):
 
     def __init__(self, settings):
         super().__init__()
-        self.convolutions, features = _convolutions(2 * 3, settings)
+        self.ends = {"both": slice(0, 2), "first": slice(0, 1), "last": slice(1, 2)}[settings.ends]
+        self.convolutions, features = _convolutions((self.ends.stop - self.ends.start) * 3, settings)
         self.head = _fully_connected(features, settings.embedding_dim, settings)
         self.apply(_glorot)
 
     def forward(self, ends):
         """ends (N, 2, H, W, 3) uint8 -> (N, E), not normalised."""
         first, *rest = self.convolutions
-        planes = torch.cat(ends.unbind(1), -1)  # (N, H, W, 6)
+        planes = torch.cat(ends[:, self.ends].unbind(1), -1)  # (N, H, W, 6)
         x = _first_convolution(planes, first.weight, first.bias)
         for layer in rest:
             x = layer(x)  # (N, features) at the end

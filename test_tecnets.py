@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import baselines
 import benchmark
 import data
 import evaluate
@@ -206,6 +207,132 @@ def test_act_is_the_prediction_for_one_observation():
     s = model.embed(batch["ends_U"])
     expected = model.predict(batch["images"][:, 1], batch["states"][:, 1], s)[3, 1]
     torch.testing.assert_close(model.act(batch["images"][3, 1, 1], batch["states"][3, 1, 1], s[3]), expected)
+
+
+@pytest.mark.parametrize("ends, used", [("both", (0, 1)), ("first", (0,)), ("last", (1,))])
+def test_frames_that_are_embedded(ends, used):
+    model, demos = small_model(ends=ends), batch_of()["ends_U"]
+    assert model.embedding_net.convolutions[0].in_channels == 3 * len(used)
+    for end in (0, 1):
+        other = demos.clone()
+        other[:, :, end] = 0
+        assert torch.equal(model.embed(demos), model.embed(other)) == (end not in used)
+
+
+# The baselines --------------------------------------------------------------------------------
+
+def small_baseline(method, **settings):
+    """With weights of ordinary size, so that gradients are."""
+    torch.manual_seed(0)
+    model = method(baselines.Settings(image_size=32, lstm_units=16, units=12, **settings)).double()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.reset_parameters()
+    return model
+
+
+def frames_batch(n=3, **sizes):
+    """A random batch for a baseline, with n frames a demonstration."""
+    batch = batch_of(size=32, **sizes)
+    g = torch.Generator().manual_seed(1)
+    batch["ends_U"] = torch.randint(0, 256, (*batch["ends_U"].shape[:2], n, 32, 32, 3), dtype=torch.uint8, generator=g)
+    return batch
+
+
+def test_feature_points_of_a_bright_pixel():
+    maps = torch.zeros(2, 3, 8, 6)
+    maps[1, 2, 5, 1] = 1000
+    points = baselines.feature_points(maps)
+    torch.testing.assert_close(points[1, [2, 5]], torch.tensor([(1 - 3) / 6, (5 - 4) / 8]))
+    torch.testing.assert_close(points[0], torch.tensor([-0.5 / 6] * 3 + [-0.5 / 8] * 3))
+
+
+def test_inner_step_by_hand():
+    """Every parameter p of the inner pass becomes p - 0.01 clip(gradient, -10, 10), the rest stays; some are clipped."""
+    model, batch = small_baseline(baselines.MIL), frames_batch()
+    image, state = batch["images"][0, 0, :1], batch["states"][0, 0, :1]
+    adapted = model.predict(image[None], state[None], model.embed(batch["ends_U"][:1]))[0]
+    (50 * model.net(batch["ends_U"][0].flatten(0, 1))).square().mean().backward()
+    clipped = 0
+    with torch.no_grad():
+        for name, p in model.net.named_parameters():
+            if p.grad is not None and not (name.startswith("vision") and int(name.split(".")[1]) % 3 == 1):  # norm biases
+                clipped += (p.grad.abs() > 10).sum()
+                p -= 0.01 * p.grad.clamp(-10, 10)
+    assert clipped > 10
+    torch.testing.assert_close(adapted, model.net(image, state))
+
+
+@pytest.mark.parametrize("second_order", [True, False])
+def test_meta_gradient_against_finite_differences(second_order):
+    model, batch = small_baseline(baselines.MIL, second_order=second_order, inner_scale=5.0), frames_batch(B=2, K=1)
+    model.net.image_transform.data.fill_(0.3)  # away from the kink of its clipping
+    model.backward(batch)
+    rng, relative = torch.Generator().manual_seed(0), []
+    for name, p in model.named_parameters():
+        if p.grad is None:
+            assert not second_order and "inner" in name
+            continue
+        direction = torch.randn(p.shape, generator=rng, dtype=p.dtype)
+        losses, h = [], 1e-8  # small: an inner gradient jumps where a unit switches off
+        with torch.no_grad():
+            for sign in (1, -1):
+                p += sign * h * direction
+                contexts = model.embed(batch["ends_U"])
+                losses.append((model.predict(batch["images"][:, 1], batch["states"][:, 1], contexts) - batch["actions"][:, 1])
+                              .square().mean().item())
+                p -= sign * h * direction
+        difference, slope = (losses[0] - losses[1]) / (2 * h), (p.grad * direction).sum().item()
+        relative.append(abs(slope - difference) / max(abs(difference), 1e-3))
+    assert (max(relative) < 1e-3) == second_order, relative
+
+
+@pytest.mark.parametrize("method", [baselines.Contextual, baselines.LSTM])
+def test_actions_are_averaged_over_demos(method):
+    model, batch = small_baseline(method), frames_batch(K=3)
+    images, states = batch["images"][:, 1], batch["states"][:, 1]
+    each = [model.predict(images, states, model.embed(batch["ends_U"][:, [k]])) for k in range(3)]
+    torch.testing.assert_close(model.predict(images, states, model.embed(batch["ends_U"])), torch.stack(each).mean(0))
+    assert (each[0] - each[1]).abs().max() > 1e-9
+
+
+@pytest.mark.parametrize("method", [baselines.Contextual, baselines.LSTM, baselines.MIL])
+def test_baseline_in_chunks(method):
+    """A backward in chunks is that of the whole; one observation acts as in a batch."""
+    model, batch = small_baseline(method), frames_batch()
+    results = []
+    for chunk in (1, 10 ** 6):
+        losses = model.backward(batch, chunk)
+        results.append([losses["loss"], *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+        model.zero_grad()
+    for one, other in zip(*results):
+        torch.testing.assert_close(one, other)
+    with torch.no_grad():
+        whole = model.predict(batch["images"][:, 1], batch["states"][:, 1], model.embed(batch["ends_U"]))
+        one = model.act(batch["images"][2, 1, 1], batch["states"][2, 1, 1], model.embed(batch["ends_U"][2]))
+    torch.testing.assert_close(one, whole[2, 1])
+
+
+@pytest.mark.parametrize("name", train.METHODS)
+def test_every_method_learns_two_tasks(name):
+    """The demonstration alone tells the action: a bright square on the left or on the right of its last frame."""
+    torch.manual_seed(0)
+    network, settings, _ = train.METHODS[name]
+    model, batch = network(settings(image_size=32)), frames_batch(B=2, K=1, M=4, n=2, dtype=torch.float32)
+    batch["ends_U"][:] = 30
+    for task, columns in enumerate((slice(2, 12), slice(20, 30))):
+        batch["ends_U"][task, :, -1, 10:20, columns] = 250
+    batch["ends_q"] = batch["ends_U"]
+    batch["images"][:], batch["states"][:] = 30, 0
+    batch["actions"][:] = torch.tensor([1.0, -1.0])[:, None, None, None]
+    optimiser = torch.optim.Adam(model.parameters(), 1e-3)
+    for step in range(400):
+        losses = model.backward(batch)
+        optimiser.step()
+        optimiser.zero_grad()
+        if losses["loss_q"] < 0.05:
+            return
+    pytest.fail(f"control loss {losses['loss_q']:.3f} of 1")
 
 
 # The simulator --------------------------------------------------------------------------------
@@ -628,6 +755,19 @@ def trained(data_set, tmp_path_factory):
     return folder / "runs" / "whole"
 
 
+@pytest.mark.parametrize("method", ["contextual", "lstm", "mil"])
+def test_a_baseline_from_training_to_evaluation(method, data_set, tmp_path):
+    run("train.py", "--data", data_set, "--method", method, *TINY, "--steps", 20, "--demo-frames", 3, cwd=tmp_path)
+    checkpoint = f"runs/{method}/last.pt"
+    run("evaluate.py", "--data", data_set, "--tasks", 1, "--trials", 1, "--shots", 1, 2, "--gif", 1, "--checkpoint", checkpoint,
+        "--out", "filmed", cwd=tmp_path)  # frames picked from whole demonstrations
+    run("evaluate.py", "--data", data_set, "--tasks", 1, "--trials", 1, "--shots", 1, 2, "--method", method, "--checkpoint",
+        checkpoint, "--out", "e", cwd=tmp_path)
+    filmed, report = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("filmed", "e"))
+    assert [r["trials"] for r in filmed["results"]] == [r["trials"] for r in report["results"]]
+    assert report["results"][0]["policy"] == method and report["network"]["adapt_ms"] > 0 and report["network"]["step"] == 20
+
+
 def log_without_seconds(folder):
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
@@ -824,6 +964,10 @@ def test_numbers_out_of_range(module, words, flag, value, capsys, monkeypatch, t
     (train, "--data {data} --batch 2 --support-mean none", "mean-norm"),
     (train, "--data {data} --batch 2 --negatives none", "sentences"),
     (train, "--data {data} --batch 2 --schedule none", "one-cycle"),
+    (train, "--data {data} --batch 2 --method none", "contextual"),
+    (train, "--data {data} --batch 2 --ends none", "first"),
+    (train, "--data {data} --batch 2 --demo-frames 3", "leave --demo-frames out"),
+    (train, "--data {data} --batch 2 --demo-frames 101 --method mil", "--demo-frames"),
     (train, "--data {data} --steps 20 --minutes 1", "not both"),
     (train, "--data {data} --steps 5", "5 is not within 20"),
     (train, "--data {data} --minutes inf", "--minutes"),
@@ -832,6 +976,7 @@ def test_numbers_out_of_range(module, words, flag, value, capsys, monkeypatch, t
     (train, "--preset none", "--preset"),
     (train, "--resume --name none", "no checkpoint"),
     (train, "--resume --name run --lr 0.1", "another --lr"),
+    (train, "--resume --name run --method mil", "another --method"),
     (train, "--resume --name run --steps 70", "another --steps"),
     (train, "--resume --name run --data other", "another --data"),
     (train, "--data {data} --name run", "holds a run"),
@@ -851,6 +996,9 @@ def test_numbers_out_of_range(module, words, flag, value, capsys, monkeypatch, t
     (evaluate, "--out e --checkpoint malice.pt", "not a checkpoint"),
     (evaluate, "--out e --checkpoint old.pt", "format 1"),
     (evaluate, "--out e --policy nobody", "--policy"),
+    (evaluate, "--out e --checkpoint {trained} --method mil", "of the method tecnets"),
+    (evaluate, "--out e --checkpoint mil.pt --policy no-demo", "of the method mil"),
+    (evaluate, "--embedding-map map.png --data {data} --tasks 2 --checkpoint mil.pt", "only tecnets"),
     (evaluate, "--out e --split holdout", "--split"),
     (evaluate, "--out /proc/none --policy expert", "/proc/none"),
     (evaluate, "--out done --policy expert", "another evaluation"),
@@ -861,9 +1009,11 @@ def test_bad_input(module, words, message, data_set, trained, tmp_path, capsys, 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(data, "parallel", lambda *_: pytest.fail("began to work"))
     checkpoint = train.load_checkpoint(trained / "last.pt")
-    small = TecNets(Settings(image_size=64))
+    small, mil = TecNets(Settings(image_size=64)), baselines.MIL()
     files = {"small.pt": {**checkpoint, "settings": vars(small.settings), "model": small.state_dict()},
              "mixed.pt": {**checkpoint, "settings": vars(small.settings)}, "strange.pt": [1, 2], "malice.pt": Malice(),
+             "mil.pt": {**checkpoint, "settings": vars(mil.settings), "model": mil.state_dict(),
+                        "options": {**checkpoint["options"], "method": "mil"}},
              "old.pt": {**checkpoint, "format": 1}, "runs/run/last.pt": checkpoint,
              "runs/weights/last.pt": {name: checkpoint[name] for name in ("format", "settings", "model", "options")},
              "runs/moved/last.pt": {**checkpoint, "options": {**checkpoint["options"], "data": str(tmp_path / "moved-data")}},

@@ -1,4 +1,4 @@
-"""Train TecNets on demonstrations of pushing.
+"""Train TecNets, or a baseline of the paper, on demonstrations of pushing.
 
     python train.py --preset smoke      # everything in three minutes, to see it work
     python train.py --name ours         # our recipe; makes the data set first if there is none
@@ -20,10 +20,12 @@ from pathlib import Path
 
 import torch
 
+import baselines
 import sim
+import tecnets
 from data import (Parser, TaskLoader, TaskSet, UserError, checked, choice, command, generate, locked, number, progress,
                   read_manifest, task_path, write_atomically, write_checked)
-from tecnets import Settings, TecNets, control_loss, embedding_loss
+from tecnets import TecNets, control_loss, embedding_loss
 
 FORMAT = 2  # of a checkpoint
 FRAMES_PER_SECOND = 100  # that a core records, for the announcement only
@@ -31,8 +33,17 @@ CALIBRATION_STEPS = 12
 CHECKPOINT_SECONDS = 60
 LOG_STEPS = 50
 
+# The methods: network, its settings, and the defaults below that it changes.
+METHODS = {
+    "tecnets": (TecNets, tecnets.Settings, {}),
+    "contextual": (baselines.Contextual, baselines.Settings, dict(support=1, random_support=0)),
+    "lstm": (baselines.LSTM, baselines.Settings, dict(support=1, random_support=0, demo_frames=10)),
+    "mil": (baselines.MIL, baselines.Settings, dict(support=1, random_support=0, demo_frames=20, batch=15, samples=20,
+                                                    bfloat16=0)),
+}
 # Every hyper-parameter: type, default (our recipe for two cores), help.
 OPTIONS = {
+    "method": (choice(*METHODS), "tecnets", f"one of {', '.join(METHODS)}"),
     "data": (str, "data/push", "folder of the data set, made when absent"),
     "tasks": (number(int, 1), None, "training tasks to use (default: all)"),
     "val_tasks": (number(int, 1), None, "validation tasks to use (default: all)"),
@@ -45,6 +56,7 @@ OPTIONS = {
     "samples": (number(int, 1, 1000), 4, "control samples of the support and of the query set a task"),
     "early": (number(float, 1, 10), 3.0, "times of control samples are T u^early: 1 uniform (paper), more favours the start"),
     "mirror": (number(int, 0, 1), None, "1: half of the tasks are seen in a mirror (default: unless imported)"),
+    "demo_frames": (number(int, 2, sim.HORIZON), 2, "frames of a demonstration that are read, evenly spaced; 2 for tecnets"),
     "chunk": (number(int, 1), 256, "images a backward pass holds in memory"),
     "lr": (number(float, 0, 1), 1e-3, "Adam's learning rate, the peak of the schedule"),
     "schedule": (choice("one-cycle", "constant"), "one-cycle", "of the learning rate: one-cycle or constant"),
@@ -55,6 +67,8 @@ OPTIONS = {
     "normalise_queries": (number(int, 0, 1), 1, "1: cosine similarity (paper); 0: raw queries (official code)"),
     "support_mean": (choice("mean-norm", "norm-mean-norm"), "mean-norm", "mean-norm (paper) or norm-mean-norm (official code)"),
     "negatives": (choice("sentences", "queries"), "sentences", "other tasks' sentences (paper) or queries (official code)"),
+    "ends": (choice("both", "first", "last"), "both", "frames that are embedded: both, first or last"),
+    "second_order": (number(int, 0, 1), 1, "1: MIL's meta-gradient goes through the inner gradient"),
     "validate_every": (number(int, 1), 500, "steps between validations"),
     "validation_batches": (number(int, 1), 8, "batches of a validation"),
     "seed": (number(int, 0), 0, "of the weights and the batches"),
@@ -73,18 +87,18 @@ PRESETS = {
 
 
 def parse(argv=None):
-    """(args, preset, the options that were given): args holds name and resume."""
+    """(the run's folder, preset, whether to resume, the options that were given)."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                     argument_default=argparse.SUPPRESS)
     parser.add_argument("--preset", choices=PRESETS, default="ours", help="changes the defaults below")
-    parser.add_argument("--name", default=None, help="of the run's folder in runs/, the preset's by default")
+    parser.add_argument("--name", default=None, help="of the run's folder in runs/, the method's or the preset's by default")
     parser.add_argument("--resume", action="store_true", default=False, help="go on with an interrupted run")
     for name, (kind, default, text) in OPTIONS.items():
         text += f" (default: {default})" if default is not None else ""
         parser.add_argument("--" + name.replace("_", "-"), dest=name, type=kind, help=text)
     given = vars(parser.parse_args(argv))
     preset, name, resume = (given.pop(key) for key in ("preset", "name", "resume"))
-    return Path("runs") / (name or preset), preset, resume, given
+    return Path("runs") / (name or given.get("method", preset)), preset, resume, given
 
 
 def keep_freed_memory():
@@ -118,10 +132,11 @@ def load_checkpoint(path, device="cpu", content=None):
 
 
 def load_model(path, device="cpu", content=None):
-    """(TecNets in evaluation mode, the checkpoint's dict)."""
+    """(the network in evaluation mode, the checkpoint's dict)."""
     checkpoint = load_checkpoint(path, device, content)
     try:
-        model = TecNets(Settings(**checkpoint["settings"])).to(device)
+        network, settings, _ = METHODS[checkpoint["options"]["method"]]
+        model = network(settings(**checkpoint["settings"])).to(device)
         model.load_state_dict(checkpoint["model"])
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):
         raise UserError(f"{path} does not hold the weights and settings of this program: take another checkpoint")
@@ -153,16 +168,17 @@ def open_data(options):
 
 @torch.no_grad()
 def validate(model, loader, options):
-    """Mean control loss on query demos and retrieval accuracy over the first batches of `loader`."""
-    totals = torch.zeros(2)
+    """Mean control loss on query demos, and TecNets' retrieval accuracy, over the first batches of `loader`."""
+    rows = []
     for position in range(options["validation_batches"]):
         batch = to_tensors(loader.batch(position), options["device"])
         s_U = model.embed(batch["ends_U"])
-        s_q = model.embed(batch["ends_q"][:, :, None])
         prediction = model.predict(batch["images"][:, 1], batch["states"][:, 1], s_U)
-        accuracy = embedding_loss(s_U, s_q, negatives=model.settings.negatives)[1]
-        totals += torch.tensor([control_loss(prediction, batch["actions"][:, 1]), accuracy])
-    return dict(zip(("val_loss_q", "val_accuracy"), (totals / options["validation_batches"]).tolist()))
+        rows.append({"val_loss_q": control_loss(prediction, batch["actions"][:, 1]).item()})
+        if options["method"] == "tecnets":
+            s_q = model.embed(batch["ends_q"][:, :, None])
+            rows[-1]["val_accuracy"] = embedding_loss(s_U, s_q, negatives=model.settings.negatives)[1].item()
+    return {name: statistics.mean(row[name] for row in rows) for name in rows[0]}
 
 
 class Run:
@@ -179,15 +195,17 @@ class Run:
         mirror = not imported if options["mirror"] is None else options["mirror"]
         self.options = options = {**options, "tasks": task_set.n_tasks, "val_tasks": val_set.n_tasks, "mirror": int(mirror)}
         torch.manual_seed(options["seed"])
-        settings = Settings(image_size=task_set.frame_shape[0],
-                            **{field.name: options[field.name] for field in fields(Settings) if field.name in options})
-        self.model = TecNets(settings, *task_set.state_statistics()).to(options["device"])
+        network, settings, _ = METHODS[options["method"]]
+        settings = settings(image_size=task_set.frame_shape[0],
+                            **{field.name: options[field.name] for field in fields(settings) if field.name in options})
+        self.model = network(settings, *task_set.state_statistics()).to(options["device"])
         self.model.bfloat16 = bool(options["bfloat16"])
         self.optimiser = torch.optim.Adam(self.model.parameters(), lr=options["lr"])
         sizes = [options[name] for name in ("support", "query", "samples")]
         self.loader = TaskLoader(task_set, options["batch"], *sizes, options["seed"], options["early"],
-                                 bool(options["random_support"]), bool(mirror))
-        self.val_loader = TaskLoader(val_set, min(options["batch"], val_set.n_tasks), 1, *sizes[1:], seed=0)  # one shot
+                                 bool(options["random_support"]), bool(mirror), options["demo_frames"])
+        self.val_loader = TaskLoader(val_set, min(options["batch"], val_set.n_tasks), 1, *sizes[1:], seed=0,  # one shot
+                                     demo_frames=options["demo_frames"])
         self.step, self.seconds, self.best, self.log, self.terms = 0, 0.0, float("inf"), [], []
         self.steps = checkpoint["steps"] if checkpoint else options["steps"] or self.calibrate()
         if options["schedule"] == "constant":
@@ -235,7 +253,7 @@ class Run:
         began, saved = time.monotonic() - self.seconds, time.monotonic()
         while self.step < self.steps and not stop():
             losses = self.model.backward(to_tensors(next(self.loader), self.options["device"]), self.options["chunk"])
-            norm = torch.nn.utils.get_total_norm(p.grad for p in self.model.parameters())
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
             if not torch.isfinite(losses["loss"] + norm):
                 raise UserError(f"step {self.step + 1}: the loss or its gradient is not finite; {self.folder}/last.pt "
                                 "holds what was saved before it: start another --name with a lower --lr")
@@ -266,19 +284,23 @@ class Run:
     def show(self):
         row = self.log[-1]
         pace = self.step / self.seconds
-        progress(f"step {self.step}/{self.steps}  {pace:.2f}/s  control {row['loss_q']:.4f}  embedding "
-                 f"{row['loss_emb']:.4f}  retrieval {row['accuracy']:.2f}  best val {self.best:.4f}  "
+        terms = "  ".join(f"{name} {row[name]:.4f}" for name in ("loss_q", "loss_emb", "accuracy") if name in row)
+        progress(f"step {self.step}/{self.steps}  {pace:.2f}/s  {terms}  best val {self.best:.4f}  "
                  f"{(self.steps - self.step) / pace / 60:.1f} min left", end=self.step == self.steps)
 
 
 def settle(preset, given):
-    """All options of a new run: the defaults, changed by the preset, changed by what is given."""
+    """All options of a new run: the defaults, changed by the preset, by the method, and by what is given."""
     if "minutes" in given and "steps" in given:
         raise UserError("give --minutes or --steps, not both")
     preset_options = dict(PRESETS[preset])
     if "minutes" in given:
         preset_options["steps"] = None
-    options = {**{name: default for name, (_, default, _) in OPTIONS.items()}, **preset_options, **given}
+    defaults = {name: default for name, (_, default, _) in OPTIONS.items()}
+    method = given.get("method", "tecnets")
+    options = {**defaults, **preset_options, **METHODS[method][2], **given}
+    if method == "tecnets" and options["demo_frames"] != 2:
+        raise UserError("tecnets embeds the first and the last frame: leave --demo-frames out")
     if options["bfloat16"] is None:
         options["bfloat16"] = int(has_bfloat16(options["device"]))
     return {"preset": preset, **options}

@@ -1,0 +1,260 @@
+"""The paper's baselines, with TecNets' calls: a contextual policy, an LSTM policy, and MIL.
+
+    python train.py --method mil --name mil
+    python evaluate.py --checkpoint runs/mil/last.pt --out runs/mil/test
+
+Settings are those of MIL's public code (github.com/tianheyu927/mil, scripts/run_sim_push.sh) and paper
+(Finn et al., One-Shot Visual Imitation Learning via Meta-Learning, CoRL 2017, arXiv 1709.04905,
+section 6 and appendix A.2), simulated pushing, video only: of a demonstration the frames are seen,
+not the states and actions. The other two have no public code; they take MIL's layers.
+
+`embed` turns demonstrations into a context, `predict` and `act` take the place of TecNets' with
+the context for the sentence. Dimensions in comments: B tasks, K demos of a task, n frames of a demo,
+evenly spaced, M control samples of a task, N images, H x W pixels, S in a state, A in an action.
+"""
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Settings:
+    image_size: int = 125
+    state_dim: int = 20
+    action_dim: int = 7
+    filters: int = 16  # in each of 4 convolutions, 5 x 5, stride 2
+    units: int = 200  # in each of 2 fully connected layers
+    lstm_units: int = 512
+    bias_transform: int = 20  # MIL's learned inputs of the first fully connected layer
+    inner_lr: float = 0.01  # of MIL's one gradient step
+    inner_clip: float = 10.0  # of that gradient's elements
+    inner_scale: float = 50.0  # of the actions in the inner loss
+    second_order: bool = True  # the meta-gradient goes through the inner gradient
+
+
+# Layers ---------------------------------------------------------------------------------------
+
+class LayerNorm(nn.Module):
+    """Over C, H, W of one example, with a bias per channel and no gain."""
+
+    def __init__(self, filters):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(filters))
+
+    def forward(self, x):
+        return F.layer_norm(x, x.shape[1:]) + self.bias[:, None, None]
+
+
+def feature_points(x):
+    """The expected coordinates of each map under its softmax: (N, C, H, W) -> (N, 2 C), x then y.
+
+    Coordinate i of n counts as (i - n / 2) / n.
+    """
+    H, W = x.shape[2:]
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    weights = x.flatten(2).softmax(-1, dtype).unflatten(2, (H, W))
+    x, y = ((torch.arange(n, dtype=dtype, device=x.device) - n / 2) / n for n in (W, H))
+    return torch.cat([(weights.sum(2) * x).sum(-1), (weights.sum(3) * y).sum(-1)], 1)
+
+
+def vision(planes, settings):
+    """Images (N, planes, H, W) in [0, 1] -> feature maps (N, filters, h, w)."""
+    layers = []
+    for _ in range(4):
+        layers += [nn.Conv2d(planes, settings.filters, 5, stride=2, padding=2), LayerNorm(settings.filters), nn.ReLU()]
+        planes = settings.filters
+    return nn.Sequential(*layers)
+
+
+def to_planes(images, dtype):
+    """uint8 (N, H, W, C) -> (N, C, H, W) in [0, 1]."""
+    return images.to(dtype).movedim(-1, 1) / 255
+
+
+def _initialise(module):
+    if isinstance(module, nn.Conv2d):
+        nn.init.xavier_uniform_(module.weight)
+    elif isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=0.01)
+    if isinstance(module, (nn.Conv2d, nn.Linear)):
+        nn.init.zeros_(module.bias)
+
+
+# The methods ----------------------------------------------------------------------------------
+
+class Baseline(nn.Module):
+    """What the methods share: behaviour cloning of query demos, with the calls of TecNets.
+
+    A subclass has `embed(ends)`: frames (..., K, n, H, W, 3) uint8 -> a context, a tensor (..., *), and
+    `respond(images, states, context)`: (B, M, H, W, 3) uint8, normalised (B, M, S) -> actions (B, M, A).
+    """
+
+    def __init__(self, settings=Settings(), state_mean=0.0, state_std=1.0):
+        super().__init__()
+        self.settings = settings
+        self.bfloat16 = False  # run the networks in bfloat16, weights and losses stay float32
+        self.build()
+        self.apply(_initialise)
+        self.to(memory_format=torch.channels_last)
+        self.register_buffer("state_mean", torch.as_tensor(state_mean) + torch.zeros(settings.state_dim))
+        self.register_buffer("state_std", torch.as_tensor(state_std) * torch.ones(settings.state_dim))
+
+    def _autocast(self):
+        return torch.autocast(self.state_mean.device.type, torch.bfloat16, enabled=self.bfloat16)
+
+    def predict(self, images, states, context):
+        """Actions (B, M, A) for images (B, M, H, W, 3) uint8, raw states (B, M, S) and contexts (B, *)."""
+        with self._autocast():
+            return self.respond(images, (states - self.state_mean) / self.state_std, context).to(states.dtype)
+
+    @torch.no_grad()
+    def act(self, image, state, context):
+        """The action (A,), not clipped, for one image (H, W, 3) uint8, raw state (S,) and context (*)."""
+        return self.predict(image[None, None], state[None, None], context[None])[0, 0]
+
+    def backward(self, batch, chunk=256):
+        """Add the gradient of the query demos' control loss to the parameters' and return it.
+
+        `batch` is that of TecNets; of the support demos the frames `ends_U` (B, K, n, H, W, 3) are used,
+        of the query demos the control samples. Tasks run in chunks of at most `chunk` images.
+        """
+        images, states, actions = (batch[name][:, 1] for name in ("images", "states", "actions"))
+        B, total = len(images), 0.0
+        frames = images.shape[1] + batch["ends_U"].shape[1] * batch["ends_U"].shape[2]
+        for part in torch.arange(B).split(max(1, chunk // frames)):
+            at = slice(int(part[0]), int(part[-1]) + 1)
+            prediction = self.predict(images[at], states[at], self.embed(batch["ends_U"][at]))
+            loss = len(part) / B * F.mse_loss(prediction, actions[at])
+            loss.backward()
+            total = total + loss.detach()
+        return {"loss": total, "loss_q": total}
+
+
+class Contextual(Baseline):
+    """Feed-forward on a demo's last frame, the current image and the state; actions are averaged over demos."""
+
+    def build(self):
+        c = self.settings
+        self.vision = vision(2 * 3, c)
+        self.layers = nn.Sequential(nn.Linear(2 * c.filters + c.state_dim, c.units), nn.ReLU(),
+                                    nn.Linear(c.units, c.units), nn.ReLU(), nn.Linear(c.units, c.action_dim))
+
+    def embed(self, ends):
+        return ends[..., -1, :, :, :]  # (..., K, H, W, 3)
+
+    def respond(self, images, states, context):
+        K, M = context.shape[1], images.shape[1]
+        shape = len(images), K, M
+        pairs = torch.cat([images[:, None].expand(-1, K, -1, -1, -1, -1),
+                           context[:, :, None].expand(-1, -1, M, -1, -1, -1)], -1)  # (B, K, M, H, W, 6)
+        points = feature_points(self.vision(to_planes(pairs.flatten(0, 2), states.dtype)))
+        states = states[:, None].expand(-1, K, -1, -1).flatten(0, 2)
+        return self.layers(torch.cat([points, states], 1)).unflatten(0, shape).mean(1)
+
+
+class LSTM(Baseline):
+    """Reads a demo's n frames, with a state of zeros, then the current image and state."""
+
+    def build(self):
+        c = self.settings
+        self.vision = vision(3, c)
+        self.layers = nn.Sequential(nn.Linear(2 * c.filters + c.state_dim, c.units), nn.ReLU(),
+                                    nn.Linear(c.units, c.units), nn.ReLU())
+        self.lstm = nn.LSTM(c.units, c.lstm_units)
+        self.head = nn.Linear(c.lstm_units, c.action_dim)
+
+    def _features(self, images, states):
+        points = feature_points(self.vision(to_planes(images, states.dtype)))
+        return self.layers(torch.cat([points, states], 1))  # (N, units)
+
+    def embed(self, ends):
+        """The memory after each demo: (..., K, n, H, W, 3) -> (..., K, 2, lstm_units)."""
+        with self._autocast():
+            images = ends.flatten(0, -4)
+            features = self._features(images, self.state_mean.new_zeros(len(images), self.settings.state_dim))
+            features = features.unflatten(0, (-1, ends.shape[-4]))  # (demos, n, units)
+            memory = torch.cat(self.lstm(features.transpose(0, 1))[1])  # (2, demos, lstm_units)
+        return memory.transpose(0, 1).unflatten(0, ends.shape[:-4]).to(self.state_mean.dtype)
+
+    def respond(self, images, states, context):
+        B, M = images.shape[:2]
+        K = context.shape[1]
+        features = self._features(images.flatten(0, 1), states.flatten(0, 1)).unflatten(0, (B, 1, M))
+        features = features.expand(-1, K, -1, -1).flatten(0, 2)  # (B K M, units)
+        memory = context[:, :, None].expand(-1, -1, M, -1, -1).flatten(0, 2).to(features.dtype)
+        h, c = memory.transpose(0, 1)[:, None].contiguous()  # (1, B K M, lstm_units) each
+        return self.head(self.lstm(features[None], (h, c))[0][0]).unflatten(0, (B, K, M)).mean(1)
+
+
+class MILNet(nn.Module):
+    """The network that MIL adapts.
+
+    A learned picture is added to the image's channels, and learned numbers to the feature points. The
+    inner pass has a head of its own, whose output is the loss that is learned, and a bias in place of
+    what the state adds.
+    """
+
+    def __init__(self, settings):
+        super().__init__()
+        c = settings
+        self.image_transform = nn.Parameter(torch.zeros(3, c.image_size, c.image_size))
+        self.vision = vision(2 * 3, c)
+        self.bias_transform = nn.Parameter(torch.zeros(c.bias_transform))
+        self.image_layer = nn.Linear(2 * c.filters + c.bias_transform, c.units)
+        self.state_layer = nn.Linear(c.state_dim, c.units)
+        self.inner_bias = nn.Parameter(torch.zeros(c.units))
+        self.layer = nn.Linear(c.units, c.units)
+        self.head, self.inner_head = nn.Linear(c.units, c.action_dim), nn.Linear(c.units, c.action_dim)
+
+    def forward(self, images, states=None):
+        """Images (N, H, W, 3) uint8 -> (N, A): actions with states (N, S), else the inner pass."""
+        planes, N = to_planes(images, self.image_transform.dtype), len(images)
+        planes = torch.cat([planes, self.image_transform.clamp(0, 1).expand(N, -1, -1, -1)], 1)
+        points = feature_points(self.vision(planes))
+        x = self.image_layer(torch.cat([points, self.bias_transform.expand(N, -1)], 1))
+        x = F.relu(x + (self.inner_bias if states is None else self.state_layer(states)))
+        x = F.relu(self.layer(x))
+        return self.inner_head(x) if states is None else self.head(x)
+
+
+class MIL(Baseline):
+    """Meta imitation learning: one gradient step on the demo, then behaviour cloning with the new weights.
+
+    A context holds the adapted parameters. Norm biases are meta-learned, not adapted.
+    """
+
+    def build(self):
+        self.net = MILNet(self.settings)
+
+    def _adapted(self):
+        """Names and parameters that the inner step changes and the adapted network uses."""
+        norms = {f"{name}.bias" for name, module in self.net.named_modules() if isinstance(module, LayerNorm)}
+        unused = {"inner_bias", "inner_head.weight", "inner_head.bias"}  # after the step
+        others = {"state_layer.weight", "state_layer.bias", "head.weight", "head.bias"}  # no part of the inner pass
+        return {name: p for name, p in self.net.named_parameters() if name not in norms | unused | others}
+
+    def _inner_loss(self, ends):
+        """The learned loss of demos (K, n, H, W, 3): the actions, hidden, count as zeros."""
+        return (self.settings.inner_scale * self.net(ends.flatten(0, 1))).square().mean()
+
+    def embed(self, ends):
+        """One inner step on all demos of a task: (..., K, n, H, W, 3) -> adapted parameters (..., P)."""
+        if ends.ndim > 5:
+            return torch.stack([self.embed(task) for task in ends])
+        c, parameters = self.settings, self._adapted().values()
+        create_graph = torch.is_grad_enabled() and c.second_order
+        with torch.enable_grad(), self._autocast():
+            gradients = torch.autograd.grad(self._inner_loss(ends), parameters, create_graph=create_graph)
+        return torch.cat([(p - c.inner_lr * gradient.clamp(-c.inner_clip, c.inner_clip)).flatten()
+                          for p, gradient in zip(parameters, gradients)])
+
+    def respond(self, images, states, context):
+        adapted = self._adapted()
+        sizes = [p.numel() for p in adapted.values()]
+        actions = []
+        for task_images, task_states, values in zip(images, states, context):
+            weights = {name: part.view_as(p) for (name, p), part in zip(adapted.items(), values.split(sizes))}
+            actions.append(torch.func.functional_call(self.net, weights, (task_images, task_states)))
+        return torch.stack(actions)
