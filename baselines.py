@@ -6,7 +6,8 @@
 Settings are those of MIL's public code (github.com/tianheyu927/mil, scripts/run_sim_push.sh) and paper
 (Finn et al., One-Shot Visual Imitation Learning via Meta-Learning, CoRL 2017, arXiv 1709.04905,
 section 6 and appendix A.2), simulated pushing, video only: of a demonstration the frames are seen,
-not the states and actions. The other two have no public code; they take MIL's layers.
+not the states and actions. The other two have no public code; they take MIL's layers. MIL reads all
+100 frames of a demonstration; here it is `--demo-frames` 20 and as many control samples, for speed.
 
 `embed` turns demonstrations into a context, `predict` and `act` take the place of TecNets' with
 the context for the sentence. Dimensions in comments: B tasks, K demos of a task, n frames of a demo,

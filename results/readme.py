@@ -1,0 +1,152 @@
+"""Fill the tables of README.md, and draw the learning curves, from the files beside this one.
+
+    python results/readme.py
+
+Directories: seedN holds a run of the recipe (log.jsonl and an evaluation a directory); methods/NAME
+and ablations/NAME hold an evaluation each. A table stands between `<!-- NAME -->` and `<!-- end -->`.
+"""
+import json
+import math
+import statistics
+import sys
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+from data import write_atomically
+
+PUBLISHED = {"random": "0.45", "lstm": "34.23 / 31.98", "contextual": "56.98 / 59.01", "mil": "66.44 / 70.50",
+             "tecnets": "77.25 / 80.86 (unverified)"}
+NAMES = {"random": "random actions", "lstm": "LSTM", "contextual": "contextual", "mil": "MIL, video only",
+         "tecnets": "TecNets", "no-demo": "TecNets with a zero sentence (`no-demo`)", "expert": "scripted expert"}
+MEASURES = {"success": "success_rate", "final distance < 0.05 m": "strict_success_rate",
+            "distractor moved > 0.03 m": "distractor_moved_rate"}
+
+
+def load(folder):
+    """The report of an evaluation."""
+    return json.loads((folder / "results.json").read_text())
+
+
+def percent(result):
+    low, high = result["ci95"]
+    return f"{100 * result['success_rate']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def grid(*rows):
+    """A Markdown table; the first row is its head."""
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
+
+
+def over_seeds(values):
+    """Mean and, for several, the range."""
+    values = [100 * value for value in values]
+    text = f"{statistics.mean(values):.1f}"
+    return text if len(values) == 1 else f"{text} ({min(values):.1f} - {max(values):.1f})"
+
+
+def results(seeds):
+    rows = [("policy", "published, 1 / 5 shots", "here, 1 shot", "here, 5 shots")]
+    for policy, name in NAMES.items():
+        cells = ["", ""]
+        if policy == "tecnets":
+            cells = ["**" + over_seeds([load(seed / "test")["results"][i]["success_rate"] for seed in seeds]) + "**" for i in (0, 1)]
+        elif policy == "no-demo":
+            cells[0] = over_seeds([load(seed / policy)["results"][0]["success_rate"] for seed in seeds if (seed / policy).exists()])
+        elif (seeds[0] / policy).exists():
+            cells[0] = percent(load(seeds[0] / policy)["results"][0])
+        rows.append((name, PUBLISHED.get(policy, ""), *cells))
+    return grid(*rows)
+
+
+def every_seed(seeds):
+    rows = [("seed", "shots", "success [95 % interval]", *list(MEASURES)[1:], "validation, 1 shot", "steps", "training")]
+    for seed in seeds:
+        report, validation = load(seed / "test"), load(seed / "val")["results"][0]
+        log = [json.loads(line) for line in (seed / "log.jsonl").read_text().splitlines()]
+        last = [row for row in log if "seconds" in row][-1]
+        for result in report["results"]:
+            rows.append((seed.name.removeprefix("seed"), str(result["shots"]), percent(result),
+                         *(f"{100 * result[key]:.1f}" for key in list(MEASURES.values())[1:]),
+                         percent(validation), f"{last['step']:,}", f"{last['seconds'] / 60:.0f} min"))
+    for policy in ("no-demo", "expert", "random"):
+        result = load(seeds[0] / policy)["results"][0]
+        rows.append((f"`{policy}`", "", percent(result), *(f"{100 * result[key]:.1f}" for key in list(MEASURES.values())[1:]),
+                     "", "", ""))
+    return grid(*rows)
+
+
+def compared(folders):
+    """Methods or ablations beside each other, one evaluation each."""
+    rows = [("", "1 shot", "5 shots", "parameters", "adaptation", "action", "steps", "training")]
+    for folder in folders:
+        report = load(folder)
+        network = report["network"]
+        rows.append((NAMES.get(folder.name, folder.name.replace("_", " ")), *(percent(result) for result in report["results"]),
+                     f"{network['parameters']:,}", f"{network['adapt_ms']:.1f} ms", f"{network['act_ms']:.1f} ms",
+                     f"{network['step']:,}", f"{network['seconds'] / 60:.0f} min"))
+    return grid(*rows)
+
+
+def costs(report):
+    seconds = lambda s: f"{1000 * s:.1f} ms" if s < 0.1 else f"{s:.2f} s"
+    step, act, loader, memory = (report[name] for name in ("training_step", "act", "loader", "memory"))
+    one, several = list(report["evaluation"].values())
+    small, large, _ = memory.values()
+    return grid(
+        ("stage", "cost"),
+        ("training step, 64 tasks, 256 control images, 128 demonstrations",
+         f"{seconds(step['bfloat16'])} in bfloat16, {seconds(step['float32'])} in float32; plain formulation {seconds(step['plain'])}, "
+         f"or {seconds(step['plain, memory kept'])} with our setting of glibc's allocator (float32); "
+         f"{step['bfloat16 / roofline']:.1f} times the roofline"),
+        ("one action, one core", f"{seconds(act['ours'])}, plain {seconds(act['plain'])}"),
+        ("a batch for that step", f"{seconds(loader['batch'])} beside the step, which it slows by {100 * (loader['slow-down'] - 1):.0f} %"),
+        ("control step of the simulator, one core",
+         f"{seconds(report['simulator']['step'])}, rendered {seconds(report['simulator']['rendered step'])}"),
+        ("evaluation, with loading", f"{one:.1f} trials a second on one core, {several:.1f} on two"),
+        ("peak memory of a step", f"{small / 1e9:.2f} GB for 64 tasks, {large / 1e9:.2f} GB for 512"))
+
+
+def learning_curves(path, seeds, width=900, height=420, margin=60):
+    """Control loss on training and validation tasks against steps, the loss on a logarithmic scale."""
+    top, bottom = math.log10(0.3), math.log10(0.005)
+    logs = [[json.loads(line) for line in (seed / "log.jsonl").read_text().splitlines()] for seed in seeds]
+    steps = max(row["step"] for log in logs for row in log)
+    at = lambda step, loss: (margin + (width - 2 * margin) * step / steps,
+                             margin / 2 + (height - 1.5 * margin) * min(1, max(0, (top - math.log10(loss)) / (top - bottom))))
+    picture = Image.new("RGB", (width, height), "white")
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(15)
+    for loss in (0.3, 0.1, 0.03, 0.01, 0.005):
+        draw.line([at(0, loss), at(steps, loss)], "#dddddd")
+        draw.text((margin - 8, at(0, loss)[1]), f"{loss:g}", "black", font, "rm")
+    for step in range(0, steps + 1, 2500):
+        draw.text((at(step, 0.005)[0], height - margin + 8), f"{step:,}", "black", font, "mt")
+    draw.text((width / 2, height - 22), "steps", "black", font, "mt")
+    for colour, key, label, place in (("#9ab8dd", "loss_q", "training tasks", 0), ("#c0392b", "val_loss_q", "validation tasks", 20)):
+        for log in logs:
+            draw.line([at(row["step"], row[key]) for row in log if key in row], colour, 2)
+        draw.text((width - margin - 8, margin / 2 + 8 + place), f"control loss, {label}", colour, font, "rt")
+    write_atomically(path, lambda file: picture.save(file, "png"))
+
+
+def main():
+    seeds = sorted(HERE.glob("seed*"))
+    tables = {"costs": costs(json.loads((HERE / "benchmark.json").read_text())), "results": results(seeds), "seeds": every_seed(seeds)}
+    for name in ("methods", "ablations"):
+        if folders := sorted(path.parent for path in (HERE / name).glob("*/results.json")):
+            tables[name] = compared(folders)
+    text = (HERE.parent / "README.md").read_text()
+    for name, table in tables.items():
+        before, tag, after = text.partition(f"<!-- {name} -->\n")
+        if not tag or "<!-- end -->" not in after:
+            raise SystemExit(f"README.md has no place for the table {name}: <!-- {name} --> and <!-- end -->")
+        text = before + tag + table + "\n" + after[after.index("<!-- end -->"):]
+    write_atomically(HERE.parent / "README.md", lambda file: file.write(text.encode()))
+    learning_curves(HERE / "learning-curves.png", seeds)
+
+
+if __name__ == "__main__":
+    main()
