@@ -6,8 +6,10 @@
 Settings are those of MIL's public code (github.com/tianheyu927/mil, scripts/run_sim_push.sh) and paper
 (Finn et al., One-Shot Visual Imitation Learning via Meta-Learning, CoRL 2017, arXiv 1709.04905,
 section 6 and appendix A.2), simulated pushing, video only: of a demonstration the frames are seen,
-not the states and actions. The other two have no public code; they take MIL's layers. MIL reads all
-100 frames of a demonstration; here it is `--demo-frames` 20 and as many control samples, for speed.
+not the states and actions. The other two have no public code; they take MIL's layers. Apart from the
+published, for speed: 20 evenly spaced frames of a demonstration and 20 control samples where MIL has
+all 100, and 10 for the LSTM. Times of control samples, the mirror and the learning rate's schedule are
+those of our TecNets (train.py), so that methods differ in nothing else.
 
 `embed` turns demonstrations into a context, `predict` and `act` take the place of TecNets' with
 the context for the sentence. Dimensions in comments: B tasks, K demos of a task, n frames of a demo,
@@ -32,7 +34,7 @@ class Settings:
     inner_lr: float = 0.01  # of MIL's one gradient step
     inner_clip: float = 10.0  # of that gradient's elements
     inner_scale: float = 50.0  # of the actions in the inner loss
-    second_order: bool = True  # the meta-gradient goes through the inner gradient
+    second_order: bool = True  # the meta-gradient goes through the inner gradient; else inner_* are not trained
 
 
 # Layers ---------------------------------------------------------------------------------------
@@ -119,7 +121,7 @@ class Baseline(nn.Module):
         """Add the gradient of the query demos' control loss to the parameters' and return it.
 
         `batch` is that of TecNets; of the support demos the frames `ends_U` (B, K, n, H, W, 3) are used,
-        of the query demos the control samples. Tasks run in chunks of at most `chunk` images.
+        of the query demos the control samples. Tasks run in chunks of at most `chunk` of these together.
         """
         images, states, actions = (batch[name][:, 1] for name in ("images", "states", "actions"))
         B, total = len(images), 0.0
@@ -193,8 +195,8 @@ class MILNet(nn.Module):
     """The network that MIL adapts.
 
     A learned picture is added to the image's channels, and learned numbers to the feature points. The
-    inner pass has a head of its own, whose output is the loss that is learned, and a bias in place of
-    what the state adds.
+    inner pass has a head of its own, whose output is the loss that is learned, and, as it sees no state,
+    a first fully connected layer of its own.
     """
 
     def __init__(self, settings):
@@ -203,10 +205,9 @@ class MILNet(nn.Module):
         self.image_transform = nn.Parameter(torch.zeros(3, c.image_size, c.image_size))
         self.vision = vision(2 * 3, c)
         self.bias_transform = nn.Parameter(torch.zeros(c.bias_transform))
-        self.image_layer = nn.Linear(2 * c.filters + c.bias_transform, c.units)
-        self.state_layer = nn.Linear(c.state_dim, c.units)
-        self.inner_bias = nn.Parameter(torch.zeros(c.units))
-        self.layer = nn.Linear(c.units, c.units)
+        features = 2 * c.filters + c.bias_transform
+        self.first, self.inner_first = nn.Linear(features + c.state_dim, c.units), nn.Linear(features, c.units)
+        self.second = nn.Linear(c.units, c.units)
         self.head, self.inner_head = nn.Linear(c.units, c.action_dim), nn.Linear(c.units, c.action_dim)
 
     def forward(self, images, states=None):
@@ -214,9 +215,9 @@ class MILNet(nn.Module):
         planes, N = to_planes(images, self.image_transform.dtype), len(images)
         planes = torch.cat([planes, self.image_transform.clamp(0, 1).expand(N, -1, -1, -1)], 1)
         points = feature_points(self.vision(planes))
-        x = self.image_layer(torch.cat([points, self.bias_transform.expand(N, -1)], 1))
-        x = F.relu(x + (self.inner_bias if states is None else self.state_layer(states)))
-        x = F.relu(self.layer(x))
+        x = torch.cat([points, self.bias_transform.expand(N, -1)], 1)
+        x = self.inner_first(x) if states is None else self.first(torch.cat([x, states], 1))
+        x = F.relu(self.second(F.relu(x)))
         return self.inner_head(x) if states is None else self.head(x)
 
 
@@ -232,9 +233,9 @@ class MIL(Baseline):
     def _adapted(self):
         """Names and parameters that the inner step changes and the adapted network uses."""
         norms = {f"{name}.bias" for name, module in self.net.named_modules() if isinstance(module, LayerNorm)}
-        unused = {"inner_bias", "inner_head.weight", "inner_head.bias"}  # after the step
-        others = {"state_layer.weight", "state_layer.bias", "head.weight", "head.bias"}  # no part of the inner pass
-        return {name: p for name, p in self.net.named_parameters() if name not in norms | unused | others}
+        one_pass_only = ("first.", "inner_first.", "head.", "inner_head.")
+        return {name: p for name, p in self.net.named_parameters()
+                if name not in norms and not name.startswith(one_pass_only)}
 
     def _inner_loss(self, ends):
         """The learned loss of demos (K, n, H, W, 3): the actions, hidden, count as zeros."""

@@ -501,8 +501,8 @@ class TaskLoader:
     are seen in a mirror, all their demos alike.
 
     It is a dict of uint8 and float32 arrays, U for support and q for query, with n the `demo_frames` of
-    a demo, evenly spaced, first and last for two:
-    `ends_U` (B, K, n, H, W, 3), `ends_q` (B, Q, n, H, W, 3), `images` (B, 2, F, H, W, 3),
+    a support demo, evenly spaced, first and last for two:
+    `ends_U` (B, K, n, H, W, 3), `ends_q` (B, Q, 2, H, W, 3), `images` (B, 2, F, H, W, 3),
     `states` (B, 2, F, 20), `actions` (B, 2, F, 7), with U before q on axis 1. And `tasks` (B,),
     `mirrored` (B,), `demos` (B, K + Q), `control_demos` (B, 2, F), `times` (B, 2, F) tell what was
     drawn. Batches are prepared ahead on a background thread. Raises UserError if B or K + Q are too many.
@@ -533,10 +533,11 @@ class TaskLoader:
         control_demos = np.take_along_axis(demos[:, None], picks, 2)  # (B, 2, F)
         times = (data.horizon * rng.random((B, 2, F)) ** self.early).astype(int)
         at = tasks[:, None, None], control_demos, times
-        ends = data.ends[tasks[:, None], demos]
-        if self.demo_frames != 2:
-            ends = data.frames(tasks[:, None, None], demos[..., None], evenly(data.horizon, self.demo_frames))
-        batch = {"ends_U": ends[:, :K], "ends_q": ends[:, K:],
+        if self.demo_frames == 2:
+            ends_U = data.ends[tasks[:, None], demos[:, :K]]
+        else:
+            ends_U = data.frames(tasks[:, None, None], demos[:, :K, None], evenly(data.horizon, self.demo_frames))
+        batch = {"ends_U": ends_U, "ends_q": data.ends[tasks[:, None], demos[:, K:]],
                  "images": data.frames(*at), "states": data.states[at], "actions": data.actions[at]}
         for name in ("ends_U", "ends_q", "images"):
             batch[name][mirrored] = batch[name][mirrored][..., ::-1, :]

@@ -339,7 +339,7 @@ def main():
         else:
             print(f"no data set in {args.data}: recording the demonstrations on the fly")
     evaluation = {"policy": policy, **{name: getattr(args, name) for name in ("split", "tasks", "trials", "seed", "gif")},
-                  "shots": shots, "checkpoint": checkpoint and hashlib.sha256(checkpoint).hexdigest(),
+                  "shots": shots, "checkpoint": checkpoint is not None and hashlib.sha256(checkpoint).hexdigest(),
                   "demos": data and [data.manifest["seed"], data.n_demos]}
     with locked(out):
         if (out / "results.json").exists():

@@ -109,7 +109,7 @@ class EmbeddingNet(nn.Module):
     def forward(self, ends):
         """ends (N, 2, H, W, 3) uint8 -> (N, E), not normalised."""
         first, *rest = self.convolutions
-        planes = torch.cat(ends[:, self.ends].unbind(1), -1)  # (N, H, W, 6)
+        planes = torch.cat(ends[:, self.ends].unbind(1), -1)  # (N, H, W, 6), or 3 for one frame alone
         x = _first_convolution(planes, first.weight, first.bias)
         for layer in rest:
             x = layer(x)  # (N, features) at the end

@@ -36,9 +36,9 @@ LOG_STEPS = 50
 # The methods: network, its settings, and the defaults below that it changes.
 METHODS = {
     "tecnets": (TecNets, tecnets.Settings, {}),
-    "contextual": (baselines.Contextual, baselines.Settings, dict(support=1, random_support=0)),
-    "lstm": (baselines.LSTM, baselines.Settings, dict(support=1, random_support=0, demo_frames=10)),
-    "mil": (baselines.MIL, baselines.Settings, dict(support=1, random_support=0, demo_frames=20, batch=15, samples=20,
+    "contextual": (baselines.Contextual, baselines.Settings, dict(batch=15, support=1, random_support=0, samples=8)),
+    "lstm": (baselines.LSTM, baselines.Settings, dict(batch=15, support=1, random_support=0, samples=8, demo_frames=10)),
+    "mil": (baselines.MIL, baselines.Settings, dict(batch=15, support=1, random_support=0, samples=20, demo_frames=20,
                                                     bfloat16=0)),
 }
 # Every hyper-parameter: type, default (our recipe for two cores), help.
@@ -68,13 +68,15 @@ OPTIONS = {
     "support_mean": (choice("mean-norm", "norm-mean-norm"), "mean-norm", "mean-norm (paper) or norm-mean-norm (official code)"),
     "negatives": (choice("sentences", "queries"), "sentences", "other tasks' sentences (paper) or queries (official code)"),
     "ends": (choice("both", "first", "last"), "both", "frames that are embedded: both, first or last"),
-    "second_order": (number(int, 0, 1), 1, "1: MIL's meta-gradient goes through the inner gradient"),
+    "second_order": (number(int, 0, 1), 1, "1: MIL's meta-gradient goes through the inner gradient; 0: first order, "
+                     "which leaves its learned loss as it was drawn"),
     "validate_every": (number(int, 1), 500, "steps between validations"),
     "validation_batches": (number(int, 1), 8, "batches of a validation"),
     "seed": (number(int, 0), 0, "of the weights and the batches"),
     "bfloat16": (number(int, 0, 1), None, "1: networks in bfloat16 (default where the processor has it)"),
     "device": (choice("cpu", "cuda"), "cpu", "cpu or cuda"),
 }
+DEFAULTS = {name: default for name, (_, default, _) in OPTIONS.items()}
 FULL_DATA = {"tasks": {"train": 693, "val": 76, "test": 74}, "demos": 12, "seed": 0}  # the benchmark's
 SMOKE_DATA = {"tasks": {"train": 16, "val": 4, "test": 4}, "demos": 6, "seed": 0}
 PRESETS = {
@@ -120,6 +122,7 @@ def load_checkpoint(path, device="cpu", content=None):
         content = Path(path).read_bytes() if content is None else content
         checkpoint = torch.load(io.BytesIO(checked(content)), map_location=device, weights_only=True)
         version = checkpoint["format"]
+        checkpoint["options"] = {**DEFAULTS, **checkpoint["options"]}  # an older program had fewer
     except FileNotFoundError:
         raise UserError(f"no checkpoint {path}: train one with python train.py")
     except OSError:
@@ -296,9 +299,8 @@ def settle(preset, given):
     preset_options = dict(PRESETS[preset])
     if "minutes" in given:
         preset_options["steps"] = None
-    defaults = {name: default for name, (_, default, _) in OPTIONS.items()}
     method = given.get("method", "tecnets")
-    options = {**defaults, **preset_options, **METHODS[method][2], **given}
+    options = {**DEFAULTS, **preset_options, **METHODS[method][2], **given}
     if method == "tecnets" and options["demo_frames"] != 2:
         raise UserError("tecnets embeds the first and the last frame: leave --demo-frames out")
     if options["bfloat16"] is None:

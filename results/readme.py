@@ -52,8 +52,11 @@ def results(seeds):
     rows = [("policy", "published, 1 / 5 shots", "here, 1 shot", "here, 5 shots")]
     for policy, name in NAMES.items():
         cells = ["", ""]
-        if policy == "tecnets":
+        if policy == "tecnets" and len(seeds) > 1:
             cells = ["**" + over_seeds([load(seed / "test")["results"][i]["success_rate"] for seed in seeds]) + "**" for i in (0, 1)]
+        elif policy in ("tecnets", "lstm", "contextual", "mil"):
+            folder = seeds[0] / "test" if policy == "tecnets" else HERE / "methods" / policy
+            cells = [percent(result) for result in load(folder)["results"]] if folder.exists() else cells
         elif policy == "no-demo":
             cells[0] = over_seeds([load(seed / policy)["results"][0]["success_rate"] for seed in seeds if (seed / policy).exists()])
         elif (seeds[0] / policy).exists():
