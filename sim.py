@@ -81,6 +81,7 @@ FORK_WIDTH, PRONG, STEM = 0.15, 0.06, 0.12
 START_JOINTS = (0.0, 1.562, 0.0, -2.045, 0.0, -0.465, 0.0)  # fork at (-0.37, 0, 0.12), pointing at the goal
 DAMPING = np.array([15, 15, 10, 8, 1.5, 1.5, 0.6])  # N m s/rad: torque acts like a velocity command
 TORQUE = np.array([20, 20, 10, 10, 2, 2, 1.0])  # action 1
+MAX_SPEED = math.pi  # rad/s, of the iiwa 7's fastest joints; a blow against the fork cannot spin one faster
 SUBSTEPS = 12  # of 1/240 s
 STABLE = 1.9  # bound on step x eigenvalues of M^-1 D, damping diverges from 2; demonstrations stay below it
 
@@ -255,7 +256,7 @@ class PushEnv:
     An observation is a dict of `state` (20,) float32 and, with `render`, `image`
     (image_size, image_size, 3) uint8, both of the same instant. The reward is 1.0 while the target
     is within SUCCESS_DISTANCE of the goal. `info` has `distance` (of the target from the goal),
-    `distractor_displacement`, `success`, and `lost`: an object is below or off the table. An episode's
+    `distractor_displacement`, `success`, and `lost`: an object is wholly below or off the table. An episode's
     course depends on the task, the seed and the actions only: every reset starts a fresh physics client.
     """
 
@@ -390,7 +391,7 @@ class PushEnv:
         for joint in range(7):
             client.changeDynamics(self.arm, joint, jointDamping=DAMPING[joint])
             client.resetJointState(self.arm, joint, START_JOINTS[joint], speeds[joint])
-        client.changeDynamics(self.arm, FORK_LINK, lateralFriction=0.5)
+        client.changeDynamics(self.arm, FORK_LINK, lateralFriction=0.5, maxJointVelocity=MAX_SPEED)  # of all joints
 
     def _observe(self):
         client = self.client
@@ -414,7 +415,8 @@ class PushEnv:
 
     def _info(self):
         target, distractor = self.target_position, self.distractor_position
-        lost = any(position[2] < 0 or np.abs(position[:2]).max() > TABLE_EDGE for position in (target, distractor))
+        lost = any(np.abs(place[:2]).max() > TABLE_EDGE or self.client.getAABB(body)[1][2] < 0
+                   for body, place in ((self.target, target), (self.distractor, distractor)))
         return {"distance": float(np.linalg.norm(target[:2])), "lost": lost,
                 "distractor_displacement": float(np.linalg.norm((distractor - self._distractor_start)[:2])),
                 "success": self.steps_at_goal >= SUCCESS_STEPS}

@@ -524,29 +524,41 @@ def test_the_picture_belongs_to_the_state_and_is_complete(monkeypatch):
 EPISODES = int(os.environ.get("EPISODES", 30))
 
 
+def body_corners(env, body, id_):
+    """(V, 3) where the vertices of a body are."""
+    _, vertices, _ = sim._mesh(body.mesh_id)
+    scale, centre, _ = sim.body_shape(body)
+    place, turn = env.client.getBasePositionAndOrientation(id_)
+    return (vertices - centre) * scale @ np.reshape(env.client.getMatrixFromQuaternion(turn), (3, 3)).T + place
+
+
 def random_episodes(numbers):
     """What some episodes of random actions, each held for 1, 5 or 25 steps, came to at worst; seeds are `numbers`."""
     env, memory = sim.PushEnv(render=False), []
-    speed = overshoot = -np.inf
+    speed = overshoot = depth = -np.inf
     lost, unsaid = set(), set()
     for number in numbers:
         rng = np.random.default_rng(number)
         obs, info = env.reset(seed=number, options={"task": sim.make_task("train", number % 800)})
         joints = [env.client.getJointInfo(env.arm, joint) for joint in range(7)]
-        low, high, rated = (np.array([joint[i] for joint in joints]) for i in (8, 9, 11))
+        low, high = (np.array([joint[i] for joint in joints]) for i in (8, 9))
         for step in range(sim.HORIZON):
             if step % (1, 5, 25)[number % 3] == 0:
                 action = rng.choice((-1, 1), 7) if rng.random() < 0.5 else rng.uniform(-1, 1, 7)
             obs, *_, info = env.step(action)
-            places = np.array([env.target_position, env.distractor_position])
-            assert np.isfinite(obs["state"]).all() and np.isfinite(places).all(), (number, step)
-            speed, overshoot = max(speed, (np.abs(env.dq) / rated).max()), max(overshoot, (low - env.q).max(), (env.q - high).max())
-            if (places[:, 2] < 0.005).any() or (np.abs(places) > 2).any():  # half the height of the flattest
-                (lost if info["lost"] else unsaid).add(number)
+            assert np.isfinite(obs["state"]).all(), (number, step)
+            speed, overshoot = max(speed, np.abs(env.dq).max()), max(overshoot, (low - env.q).max(), (env.q - high).max())
+            for body, id_ in ((env.task.target, env.target), (env.task.distractor, env.distractor)):
+                corners = body_corners(env, body, id_)
+                assert np.isfinite(corners).all(), (number, step)
+                if corners[:, 2].max() < 0 or np.abs(corners[:, :2]).min(0).max() > 2.2:
+                    (lost if info["lost"] else unsaid).add(number)
+                elif not info["lost"]:
+                    depth = max(depth, -corners[:, 2].min())
         memory.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6)
     env.close()
-    return {"episodes": len(numbers), "speed": speed, "overshoot": math.degrees(overshoot), "lost": sorted(lost),
-            "unsaid": sorted(unsaid), "memory": memory[::max(1, len(memory) // 20)] + memory[-1:]}
+    return {"episodes": len(numbers), "speed": speed, "overshoot": math.degrees(overshoot), "depth": depth,
+            "lost": sorted(lost), "unsaid": sorted(unsaid), "memory": memory[::max(1, len(memory) // 20)] + memory[-1:]}
 
 
 def test_random_actions_stay_within_physics():
@@ -554,7 +566,8 @@ def test_random_actions_stay_within_physics():
     jobs = [range(EPISODES)[i::2] for i in range(2)]
     for result in data.parallel(random_episodes, jobs, workers=2):
         print(result)
-        assert result["speed"] < 1 and result["overshoot"] < 1 and not result["unsaid"]
+        assert result["speed"] <= sim.MAX_SPEED and result["overshoot"] < 1
+        assert result["depth"] < 0.01 and not result["unsaid"]
         first, last = result["memory"][len(result["memory"]) // 2], result["memory"][-1]  # settled by then
         assert last - first < 10
 
@@ -563,7 +576,7 @@ def test_a_lost_object_is_reported():
     env = sim.PushEnv(render=False)
     task = {"task": sim.make_task("train", 0)}
     assert not env.reset(seed=0, options=task)[1]["lost"]
-    for body, place in ((env.target, (2.5, 0, 0.1)), (env.distractor, (0, -2.5, 0.1)), (env.target, (0, 0, -0.2))):
+    for body, place in ((env.target, (2.5, 0, 0.1)), (env.distractor, (0, -2.5, 0.1)), (env.target, (0, 0, -20))):
         env.reset(seed=0, options=task)
         env.client.resetBasePositionAndOrientation(body, place, (0, 0, 0, 1))
         assert env.step([0] * 7)[-1]["lost"]
