@@ -14,6 +14,7 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -461,7 +462,7 @@ class TaskSet:
         at = demo * self.horizon + time_
         start, stop = self._offsets[task][at:at + 2]
         try:
-            pixels = zlib.decompressobj().decompress(self._frames[task][start:stop], int(np.prod(self.frame_shape)))
+            pixels = zlib.decompressobj().decompress(self._frames[task][start:stop], math.prod(self.frame_shape))
             return np.frombuffer(pixels, np.uint8).reshape(self.frame_shape)
         except (zlib.error, ValueError):
             raise UserError(f"task {task}, demo {demo}, time {time_}: not a frame of {self.frame_shape}; make the data anew")
