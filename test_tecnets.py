@@ -552,7 +552,7 @@ def random_episodes(numbers):
             for body, id_ in ((env.task.target, env.target), (env.task.distractor, env.distractor)):
                 corners = body_corners(env, body, id_)
                 assert np.isfinite(corners).all(), (number, step)
-                if corners[:, 2].max() < 0 or np.abs(corners[:, :2]).min(0).max() > 2.2:
+                if corners[:, 2].max() < 0 or np.abs(corners[:, :2]).min(0).max() > sim.TABLE_EDGE:
                     (lost if info["lost"] else unsaid).add(number)
                 elif not info["lost"]:
                     depth = max(depth, -corners[:, 2].min())

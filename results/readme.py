@@ -2,7 +2,7 @@
 
     python results/readme.py
 
-Directories: seedN holds a run of the recipe (log.jsonl and an evaluation a directory); methods/NAME
+Directories: seedN holds a run of the recipe (log.jsonl and an evaluation a directory), fast a short one; methods/NAME
 and ablations/NAME hold an evaluation each. A table stands between `<!-- NAME -->` and `<!-- end -->`.
 """
 import json
@@ -94,6 +94,20 @@ def compared(folders):
     return grid(*rows)
 
 
+def short_run(report):
+    result, network = report["results"][0], report["network"]
+    return (f"A shorter run does most of it: {network['seconds'] / 60:.0f} minutes of training ({network['step']:,} steps) on 400 tasks gave "
+            f"{percent(result)} % of {result['n_trials']} validation trials, one shot (`results/fast/`).")
+
+
+def sentences(figures):
+    nearness = figures["nearest_similarity"]
+    return (f"*The sentences of the {figures['tasks']} test tasks, each shown by the last frame of one demonstration. Of the "
+            f"{figures['demos']} test demonstrations {figures['retrieval']:.1%} lie nearest to the sentence of their own task (of its "
+            f"other demonstrations) among all {figures['tasks']}; the nearest training task has a cosine similarity of "
+            f"{statistics.median(nearness):.2f} in the median, {min(nearness):.2f} at least.*")
+
+
 def costs(report):
     seconds = lambda s: f"{1000 * s:.1f} ms" if s < 0.1 else f"{s:.2f} s"
     step, act, loader, memory = (report[name] for name in ("training_step", "act", "loader", "memory"))
@@ -137,7 +151,9 @@ def learning_curves(path, seeds, width=900, height=420, margin=60):
 
 def main():
     seeds = sorted(HERE.glob("seed*"))
-    tables = {"costs": costs(json.loads((HERE / "benchmark.json").read_text())), "results": results(seeds), "seeds": every_seed(seeds)}
+    tables = {"costs": costs(json.loads((HERE / "benchmark.json").read_text())), "results": results(seeds), "seeds": every_seed(seeds),
+              "fast": short_run(load(HERE / "fast" / "val")),
+              "map": sentences(json.loads((seeds[0] / "embedding-map.png.json").read_text()))}
     for name in ("methods", "ablations"):
         if folders := sorted(path.parent for path in (HERE / name).glob("*/results.json")):
             tables[name] = compared(folders)
