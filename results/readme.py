@@ -2,8 +2,9 @@
 
     python results/readme.py
 
-Directories: seedN holds a run of the recipe (log.jsonl and an evaluation a directory), fast a short one; methods/NAME
-and ablations/NAME hold an evaluation each. A table stands between `<!-- NAME -->` and `<!-- end -->`.
+Directories: seedN holds a run of the recipe (log.jsonl and an evaluation a directory), fast a short one, paper as short
+a one of the paper's recipe; methods/NAME and ablations/NAME hold an evaluation each. A table stands between
+`<!-- NAME -->` and `<!-- end -->`.
 """
 import json
 import math
@@ -94,10 +95,15 @@ def compared(folders):
     return grid(*rows)
 
 
-def short_run(report):
-    result, network = report["results"][0], report["network"]
-    return (f"A shorter run does most of it: {network['seconds'] / 60:.0f} minutes of training ({network['step']:,} steps) on 400 tasks gave "
-            f"{percent(result)} % of {result['n_trials']} validation trials, one shot (`results/fast/`).")
+def short_runs(ours, papers):
+    """A sentence on each of the two short runs, of our recipe and of the paper's."""
+    texts = []
+    for text, report in (("A shorter run does most of it: {} on 400 tasks gave {} (`results/fast/`).", ours),
+                         ("The paper's own recipe (`--preset paper`), stopped after {} on the same tasks, gave {} (`results/paper/`).", papers)):
+        result, network = report["results"][0], report["network"]
+        texts.append(text.format(f"{network['seconds'] / 60:.0f} minutes of training ({network['step']:,} steps)",
+                                 f"{percent(result)} % of {result['n_trials']} validation trials, one shot"))
+    return "\n".join(texts)
 
 
 def sentences(figures):
@@ -152,7 +158,7 @@ def learning_curves(path, seeds, width=900, height=420, margin=60):
 def main():
     seeds = sorted(HERE.glob("seed*"))
     tables = {"costs": costs(json.loads((HERE / "benchmark.json").read_text())), "results": results(seeds), "seeds": every_seed(seeds),
-              "fast": short_run(load(HERE / "fast" / "val")),
+              "short": short_runs(load(HERE / "fast" / "val"), load(HERE / "paper" / "val")),
               "map": sentences(json.loads((seeds[0] / "embedding-map.png.json").read_text()))}
     for name in ("methods", "ablations"):
         if folders := sorted(path.parent for path in (HERE / name).glob("*/results.json")):
