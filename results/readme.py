@@ -22,8 +22,7 @@ PUBLISHED = {"random": "0.45", "lstm": "34.23 / 31.98", "contextual": "56.98 / 5
              "tecnets": "77.25 / 80.86 (unverified)"}
 NAMES = {"random": "random actions", "lstm": "LSTM", "contextual": "contextual", "mil": "MIL, video only",
          "tecnets": "TecNets", "no-demo": "TecNets with a zero sentence (`no-demo`)", "expert": "scripted expert"}
-MEASURES = {"success": "success_rate", "final distance < 0.05 m": "strict_success_rate",
-            "distractor moved > 0.03 m": "distractor_moved_rate"}
+MEASURES = {"final distance < 0.05 m": "strict_success_rate", "distractor moved > 0.03 m": "distractor_moved_rate"}
 
 
 def load(folder):
@@ -36,10 +35,20 @@ def percent(result):
     return f"{100 * result['success_rate']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
+def measures(result):
+    """The stricter figures of an evaluation, in the order of MEASURES."""
+    return [f"{100 * result[key]:.1f}" for key in MEASURES.values()]
+
+
 def grid(*rows):
     """A Markdown table; the first row is its head."""
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
+
+
+def length(network):
+    """Steps and minutes of a training run, from the row of its log or from its evaluation."""
+    return f"{network['step']:,}", f"{network['seconds'] / 60:.0f} min"
 
 
 def over_seeds(values):
@@ -67,31 +76,38 @@ def results(seeds):
 
 
 def every_seed(seeds):
-    rows = [("seed", "shots", "success [95 % interval]", *list(MEASURES)[1:], "validation, 1 shot", "steps", "training")]
+    rows = [("seed", "shots", "success [95 % interval]", *MEASURES, "validation, 1 shot", "steps", "training")]
     for seed in seeds:
         report, validation = load(seed / "test"), load(seed / "val")["results"][0]
         log = [json.loads(line) for line in (seed / "log.jsonl").read_text().splitlines()]
         last = [row for row in log if "seconds" in row][-1]
         for result in report["results"]:
-            rows.append((seed.name.removeprefix("seed"), str(result["shots"]), percent(result),
-                         *(f"{100 * result[key]:.1f}" for key in list(MEASURES.values())[1:]),
-                         percent(validation), f"{last['step']:,}", f"{last['seconds'] / 60:.0f} min"))
+            rows.append((seed.name.removeprefix("seed"), str(result["shots"]), percent(result), *measures(result),
+                         percent(validation), *length(last)))
     for policy in ("no-demo", "expert", "random"):
         result = load(seeds[0] / policy)["results"][0]
-        rows.append((f"`{policy}`", "", percent(result), *(f"{100 * result[key]:.1f}" for key in list(MEASURES.values())[1:]),
-                     "", "", ""))
+        rows.append((f"`{policy}`", "", percent(result), *measures(result), "", "", ""))
     return grid(*rows)
 
 
-def compared(folders):
-    """Methods or ablations beside each other, one evaluation each."""
+def methods(folders):
     rows = [("", "1 shot", "5 shots", "parameters", "adaptation", "action", "steps", "training")]
     for folder in folders:
         report = load(folder)
         network = report["network"]
-        rows.append((NAMES.get(folder.name, folder.name.replace("_", " ")), *(percent(result) for result in report["results"]),
-                     f"{network['parameters']:,}", f"{network['adapt_ms']:.1f} ms", f"{network['act_ms']:.1f} ms",
-                     f"{network['step']:,}", f"{network['seconds'] / 60:.0f} min"))
+        rows.append((NAMES[folder.name], *(percent(result) for result in report["results"]), f"{network['parameters']:,}",
+                     f"{network['adapt_ms']:.1f} ms", f"{network['act_ms']:.1f} ms", *length(network)))
+    return grid(*rows)
+
+
+def ablations(folders):
+    """One-shot evaluations; a folder is named after its option and value, or `reference`."""
+    rows = [("", "success [95 % interval]", *MEASURES, "steps", "training")]
+    for folder in sorted(folders, key=lambda folder: folder.name != "reference"):
+        report = load(folder)
+        option, _, value = folder.name.rpartition("_")
+        name = f"`--{option.replace('_', '-')} {value}`" if option else "our recipe"
+        rows.append((name, percent(report["results"][0]), *measures(report["results"][0]), *length(report["network"])))
     return grid(*rows)
 
 
@@ -160,9 +176,9 @@ def main():
     tables = {"costs": costs(json.loads((HERE / "benchmark.json").read_text())), "results": results(seeds), "seeds": every_seed(seeds),
               "short": short_runs(load(HERE / "fast" / "val"), load(HERE / "paper" / "val")),
               "map": sentences(json.loads((seeds[0] / "embedding-map.png.json").read_text()))}
-    for name in ("methods", "ablations"):
-        if folders := sorted(path.parent for path in (HERE / name).glob("*/results.json")):
-            tables[name] = compared(folders)
+    for table in (methods, ablations):
+        if folders := sorted(path.parent for path in (HERE / table.__name__).glob("*/results.json")):
+            tables[table.__name__] = table(folders)
     text = (HERE.parent / "README.md").read_text()
     for name, table in tables.items():
         before, tag, after = text.partition(f"<!-- {name} -->\n")
