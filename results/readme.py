@@ -176,9 +176,9 @@ def main():
     tables = {"costs": costs(json.loads((HERE / "benchmark.json").read_text())), "results": results(seeds), "seeds": every_seed(seeds),
               "short": short_runs(load(HERE / "fast" / "val"), load(HERE / "paper" / "val")),
               "map": sentences(json.loads((seeds[0] / "embedding-map.png.json").read_text()))}
-    for table in (methods, ablations):
-        if folders := sorted(path.parent for path in (HERE / table.__name__).glob("*/results.json")):
-            tables[table.__name__] = table(folders)
+    for name, compared in (("methods", methods), ("ablations", ablations)):
+        if folders := sorted(path.parent for path in (HERE / name).glob("*/results.json")):
+            tables[name] = compared(folders)
     text = (HERE.parent / "README.md").read_text()
     for name, table in tables.items():
         before, tag, after = text.partition(f"<!-- {name} -->\n")
