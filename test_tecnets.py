@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pickle
+import runpy
 import shutil
 import signal
 import struct
@@ -1154,3 +1155,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(data_set, tmp_path, monkeypatch
     with pytest.raises(data.UserError, match="step 1: .* not finite"):
         job.train(stop=lambda: False)
     assert all(torch.equal(p, before[name]) for name, p in job.model.named_parameters())
+
+
+def test_the_tables_of_the_readme_are_those_of_the_results():
+    text = (HERE / "README.md").read_text()
+    assert runpy.run_path(HERE / "results" / "readme.py")["fill"](text) == text

@@ -15,6 +15,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 HERE = Path(__file__).parent
+SEEDS = sorted(HERE.glob("seed*"))
 sys.path.insert(0, str(HERE.parent))
 from data import write_atomically
 
@@ -171,22 +172,27 @@ def learning_curves(path, seeds, width=900, height=420, margin=60):
     write_atomically(path, lambda file: picture.save(file, "png"))
 
 
-def main():
-    seeds = sorted(HERE.glob("seed*"))
-    tables = {"costs": costs(json.loads((HERE / "benchmark.json").read_text())), "results": results(seeds), "seeds": every_seed(seeds),
+def fill(text):
+    """The text of README with its tables filled."""
+    tables = {"costs": costs(json.loads((HERE / "benchmark.json").read_text())), "results": results(SEEDS), "seeds": every_seed(SEEDS),
               "short": short_runs(load(HERE / "fast" / "val"), load(HERE / "paper" / "val")),
-              "map": sentences(json.loads((seeds[0] / "embedding-map.png.json").read_text()))}
+              "map": sentences(json.loads((SEEDS[0] / "embedding-map.png.json").read_text()))}
     for name, compared in (("methods", methods), ("ablations", ablations)):
         if folders := sorted(path.parent for path in (HERE / name).glob("*/results.json")):
             tables[name] = compared(folders)
-    text = (HERE.parent / "README.md").read_text()
     for name, table in tables.items():
         before, tag, after = text.partition(f"<!-- {name} -->\n")
         if not tag or "<!-- end -->" not in after:
             raise SystemExit(f"README.md has no place for the table {name}: <!-- {name} --> and <!-- end -->")
         text = before + tag + table + "\n" + after[after.index("<!-- end -->"):]
-    write_atomically(HERE.parent / "README.md", lambda file: file.write(text.encode()))
-    learning_curves(HERE / "learning-curves.png", seeds)
+    return text
+
+
+def main():
+    readme = HERE.parent / "README.md"
+    text = fill(readme.read_text())
+    write_atomically(readme, lambda file: file.write(text.encode()))
+    learning_curves(HERE / "learning-curves.png", SEEDS)
 
 
 if __name__ == "__main__":
