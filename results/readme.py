@@ -63,11 +63,8 @@ def results(seeds):
     rows = [("policy", "published, 1 / 5 shots", "here, 1 shot", "here, 5 shots")]
     for policy, name in NAMES.items():
         cells = ["", ""]
-        if policy == "tecnets" and len(seeds) > 1:
+        if policy == "tecnets":
             cells = ["**" + over_seeds([load(seed / "test")["results"][i]["success_rate"] for seed in seeds]) + "**" for i in (0, 1)]
-        elif policy in ("tecnets", "lstm", "contextual", "mil"):
-            folder = seeds[0] / "test" if policy == "tecnets" else HERE / "methods" / policy
-            cells = [percent(result) for result in load(folder)["results"]] if folder.exists() else cells
         elif policy == "no-demo":
             cells[0] = over_seeds([load(seed / policy)["results"][0]["success_rate"] for seed in seeds if (seed / policy).exists()])
         elif (seeds[0] / policy).exists():
@@ -92,12 +89,13 @@ def every_seed(seeds):
 
 
 def methods(folders):
-    rows = [("", "1 shot", "5 shots", "parameters", "adaptation", "action", "steps", "training")]
-    for folder in folders:
+    """One-shot and five-shot evaluations; a folder is named after its method."""
+    rows = [("", "published", "1 shot", "5 shots", "parameters", "adaptation", "action", "steps", "training")]
+    for folder in sorted(folders, key=lambda folder: list(NAMES).index(folder.name)):
         report = load(folder)
         network = report["network"]
-        rows.append((NAMES[folder.name], *(percent(result) for result in report["results"]), f"{network['parameters']:,}",
-                     f"{network['adapt_ms']:.1f} ms", f"{network['act_ms']:.1f} ms", *length(network)))
+        rows.append((NAMES[folder.name], PUBLISHED[folder.name], *(percent(result) for result in report["results"]),
+                     f"{network['parameters']:,}", f"{network['adapt_ms']:.1f} ms", f"{network['act_ms']:.1f} ms", *length(network)))
     return grid(*rows)
 
 
