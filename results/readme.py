@@ -69,7 +69,8 @@ def results(seeds):
             cells[0] = over_seeds([load(seed / policy)["results"][0]["success_rate"] for seed in seeds if (seed / policy).exists()])
         elif (seeds[0] / policy).exists():
             cells[0] = percent(load(seeds[0] / policy)["results"][0])
-        rows.append((name, PUBLISHED.get(policy, ""), *cells))
+        if any(cells):
+            rows.append((name, PUBLISHED.get(policy, ""), *cells))
     return grid(*rows)
 
 
