@@ -7,9 +7,10 @@ Settings are those of MIL's public code (github.com/tianheyu927/mil, scripts/run
 (Finn et al., One-Shot Visual Imitation Learning via Meta-Learning, CoRL 2017, arXiv 1709.04905,
 section 6 and appendix A.2), simulated pushing, video only: of a demonstration the frames are seen,
 not the states and actions. The other two have no public code; they take MIL's layers. Apart from the
-published, for speed: 20 evenly spaced frames of a demonstration and 20 control samples where MIL has
-all 100, and 10 for the LSTM. Times of control samples, the mirror and the learning rate's schedule are
-those of our TecNets (train.py), so that methods differ in nothing else.
+published, for speed: MIL reads 20 evenly spaced frames of a demonstration and draws 20 control samples
+where it had all 100; the LSTM reads 10 frames; it and contextual draw 8 control samples and run in
+bfloat16. Times of control samples, the mirror and the learning rate's schedule are those of our
+TecNets; METHODS in train.py has what else differs from it.
 
 `embed` turns demonstrations into a context, `predict` and `act` take the place of TecNets' with
 the context for the sentence. Dimensions in comments: B tasks, K demos of a task, n frames of a demo,
