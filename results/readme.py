@@ -61,16 +61,15 @@ def over_seeds(values):
 
 def results(seeds):
     rows = [("policy", "published, 1 / 5 shots", "here, 1 shot", "here, 5 shots")]
-    for policy, name in NAMES.items():
+    for policy in ("random", "tecnets", "no-demo", "expert"):
         cells = ["", ""]
         if policy == "tecnets":
             cells = ["**" + over_seeds([load(seed / "test")["results"][i]["success_rate"] for seed in seeds]) + "**" for i in (0, 1)]
         elif policy == "no-demo":
             cells[0] = over_seeds([load(seed / policy)["results"][0]["success_rate"] for seed in seeds if (seed / policy).exists()])
-        elif (seeds[0] / policy).exists():
+        else:
             cells[0] = percent(load(seeds[0] / policy)["results"][0])
-        if any(cells):
-            rows.append((name, PUBLISHED.get(policy, ""), *cells))
+        rows.append((NAMES[policy], PUBLISHED.get(policy, ""), *cells))
     return grid(*rows)
 
 
@@ -89,14 +88,20 @@ def every_seed(seeds):
     return grid(*rows)
 
 
+def both(result):
+    """The scenes where the trials of both tasks of a pair, which differ in the demonstration only, passed."""
+    passed = {(row["task"], row["trial"]) for row in result["trials"] if row["success"]}
+    return f"{sum((task ^ 1, trial) in passed for task, trial in passed) // 2} of {result['n_trials'] // 2}"
+
+
 def methods(folders):
     """One-shot and five-shot evaluations; a folder is named after its method."""
-    rows = [("", "published", "1 shot", "5 shots", "parameters", "adaptation", "action", "steps", "training")]
+    rows = [("", "published", "1 shot", "5 shots", "both, 1 shot", "parameters", "adaptation", "action", "steps", "training")]
     for folder in sorted(folders, key=lambda folder: list(NAMES).index(folder.name)):
         report = load(folder)
         network = report["network"]
         rows.append((NAMES[folder.name], PUBLISHED[folder.name], *(percent(result) for result in report["results"]),
-                     f"{network['parameters']:,}", f"{network['adapt_ms']:.1f} ms", f"{network['act_ms']:.1f} ms", *length(network)))
+                     both(report["results"][0]), f"{network['parameters']:,}", f"{network['adapt_ms']:.1f} ms", f"{network['act_ms']:.1f} ms", *length(network)))
     return grid(*rows)
 
 
