@@ -25,6 +25,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Settings:
+    """Sizes and constants of MIL's public code; the LSTM's size is of MIL's paper."""
     image_size: int = 125
     state_dim: int = 20
     action_dim: int = 7
@@ -91,14 +92,14 @@ def _initialise(module):
 class Baseline(nn.Module):
     """What the methods share: behaviour cloning of query demos, with the calls of TecNets.
 
-    A subclass has `embed(ends)`: frames (..., K, n, H, W, 3) uint8 -> a context, a tensor (..., *), and
+    A subclass has `embed(frames)`: frames (..., K, n, H, W, 3) uint8 -> a context, a tensor (..., *), and
     `respond(images, states, context)`: (B, M, H, W, 3) uint8, normalised (B, M, S) -> actions (B, M, A).
     """
 
     def __init__(self, settings=Settings(), state_mean=0.0, state_std=1.0):
         super().__init__()
         self.settings = settings
-        self.bfloat16 = False  # run the networks in bfloat16, weights and losses stay float32
+        self.use_bfloat16 = False  # run the networks in bfloat16, weights and losses stay float32
         self.build()
         self.apply(_initialise)
         self.to(memory_format=torch.channels_last)
@@ -106,7 +107,7 @@ class Baseline(nn.Module):
         self.register_buffer("state_std", torch.as_tensor(state_std) * torch.ones(settings.state_dim))
 
     def _autocast(self):
-        return torch.autocast(self.state_mean.device.type, torch.bfloat16, enabled=self.bfloat16)
+        return torch.autocast(self.state_mean.device.type, torch.bfloat16, enabled=self.use_bfloat16)
 
     def predict(self, images, states, context):
         """Actions (B, M, A) for images (B, M, H, W, 3) uint8, raw states (B, M, S) and contexts (B, *)."""
@@ -121,15 +122,15 @@ class Baseline(nn.Module):
     def backward(self, batch, chunk=256):
         """Add the gradient of the query demos' control loss to the parameters' and return it.
 
-        `batch` is that of TecNets; of the support demos the frames `ends_U` (B, K, n, H, W, 3) are used,
+        `batch` is that of TecNets; of the support demos the frames `frames_U` (B, K, n, H, W, 3) are used,
         of the query demos the control samples. Tasks run in chunks of at most `chunk` of these together.
         """
         images, states, actions = (batch[name][:, 1] for name in ("images", "states", "actions"))
         B, total = len(images), 0.0
-        frames = images.shape[1] + batch["ends_U"].shape[1] * batch["ends_U"].shape[2]
+        frames = images.shape[1] + batch["frames_U"].shape[1] * batch["frames_U"].shape[2]
         for part in torch.arange(B).split(max(1, chunk // frames)):
             at = slice(int(part[0]), int(part[-1]) + 1)
-            prediction = self.predict(images[at], states[at], self.embed(batch["ends_U"][at]))
+            prediction = self.predict(images[at], states[at], self.embed(batch["frames_U"][at]))
             loss = len(part) / B * F.mse_loss(prediction, actions[at])
             loss.backward()
             total = total + loss.detach()
@@ -145,8 +146,8 @@ class Contextual(Baseline):
         self.layers = nn.Sequential(nn.Linear(2 * c.filters + c.state_dim, c.units), nn.ReLU(),
                                     nn.Linear(c.units, c.units), nn.ReLU(), nn.Linear(c.units, c.action_dim))
 
-    def embed(self, ends):
-        return ends[..., -1, :, :, :]  # (..., K, H, W, 3)
+    def embed(self, frames):
+        return frames[..., -1, :, :, :]  # (..., K, H, W, 3)
 
     def respond(self, images, states, context):
         K, M = context.shape[1], images.shape[1]
@@ -173,14 +174,14 @@ class LSTM(Baseline):
         points = feature_points(self.vision(to_planes(images, states.dtype)))
         return self.layers(torch.cat([points, states], 1))  # (N, units)
 
-    def embed(self, ends):
+    def embed(self, frames):
         """The memory after each demo: (..., K, n, H, W, 3) -> (..., K, 2, lstm_units)."""
         with self._autocast():
-            images = ends.flatten(0, -4)
+            images = frames.flatten(0, -4)
             features = self._features(images, self.state_mean.new_zeros(len(images), self.settings.state_dim))
-            features = features.unflatten(0, (-1, ends.shape[-4]))  # (demos, n, units)
+            features = features.unflatten(0, (-1, frames.shape[-4]))  # (demos, n, units)
             memory = torch.cat(self.lstm(features.transpose(0, 1))[1])  # (2, demos, lstm_units)
-        return memory.transpose(0, 1).unflatten(0, ends.shape[:-4]).to(self.state_mean.dtype)
+        return memory.transpose(0, 1).unflatten(0, frames.shape[:-4]).to(self.state_mean.dtype)
 
     def respond(self, images, states, context):
         B, M = images.shape[:2]
@@ -238,18 +239,18 @@ class MIL(Baseline):
         return {name: p for name, p in self.net.named_parameters()
                 if name not in norms and not name.startswith(one_pass_only)}
 
-    def _inner_loss(self, ends):
+    def _inner_loss(self, frames):
         """The learned loss of demos (K, n, H, W, 3): the actions, hidden, count as zeros."""
-        return (self.settings.inner_scale * self.net(ends.flatten(0, 1))).square().mean()
+        return (self.settings.inner_scale * self.net(frames.flatten(0, 1))).square().mean()
 
-    def embed(self, ends):
+    def embed(self, frames):
         """One inner step on all demos of a task: (..., K, n, H, W, 3) -> adapted parameters (..., P)."""
-        if ends.ndim > 5:
-            return torch.stack([self.embed(task) for task in ends])
+        if frames.ndim > 5:
+            return torch.stack([self.embed(task) for task in frames])
         c, parameters = self.settings, self._adapted().values()
         create_graph = torch.is_grad_enabled() and c.second_order
         with torch.enable_grad(), self._autocast():
-            gradients = torch.autograd.grad(self._inner_loss(ends), parameters, create_graph=create_graph)
+            gradients = torch.autograd.grad(self._inner_loss(frames), parameters, create_graph=create_graph)
         return torch.cat([(p - c.inner_lr * gradient.clamp(-c.inner_clip, c.inner_clip)).flatten()
                           for p, gradient in zip(parameters, gradients)])
 

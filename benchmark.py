@@ -5,20 +5,22 @@
 Sides are measured in turn; medians are printed, in seconds. Nothing else should be running.
 """
 import argparse
+import contextlib
 import itertools
 import json
-import os
 import statistics
 import time
+from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import sim
-from data import Parser, TaskLoader, TaskSet, command, parallel, write_atomically
-from evaluate import run_trials
-from tecnets import TecNets, control_loss, embedding_loss, sentence
+import tecnets
+from common import Parser, command, cores, parallel, write_atomically
+from data import TaskLoader, TaskSet
+from evaluate import SHIPPED, run_trials
+from tecnets import TecNets
 from train import keep_freed_memory, to_tensors
 
 B, SAMPLES = 64, 2  # tasks a step; control samples of the support and of the query demo
@@ -37,30 +39,26 @@ def medians(repeats=9, **sides):
 def random_batch(tasks, size=125):
     """A batch of random images with one support and one query demo a task."""
     images = lambda *shape: torch.randint(0, 256, (*shape, size, size, 3), dtype=torch.uint8)
-    return {"ends_U": images(tasks, 1, 2), "ends_q": images(tasks, 1, 2), "images": images(tasks, 2, SAMPLES),
+    return {"frames_U": images(tasks, 1, 2), "frames_q": images(tasks, 1, 2), "images": images(tasks, 2, SAMPLES),
             "states": torch.randn(tasks, 2, SAMPLES, 20), "actions": torch.randn(tasks, 2, SAMPLES, 7)}
 
 
-def plain_control(net, images, states, s):
-    """The control network as the paper writes it: the sentence tiled over the image, one row a frame."""
-    planes = images.permute(0, 3, 1, 2).contiguous().to(s.dtype) / 127.5 - 1  # (N, 3, H, W)
-    tiled = s[..., None, None].expand(-1, -1, *planes.shape[2:])  # (N, E, H, W)
-    return net.head(torch.cat([net.convolutions(torch.cat([planes, tiled], 1)), states], 1))
+@contextlib.contextmanager
+def plain_form():
+    """Within it the networks tile the sentence over the image, as the paper writes it."""
+    with mock.patch.object(tecnets, "first_convolution", tecnets.plain_first_convolution):
+        yield
 
 
 def plain_step(model, batch):
     """The training step as the paper writes it: one backward of the sum of all losses."""
-    c, net, tasks = model.settings, model.embedding_net, len(batch["ends_U"])
-    ends = torch.cat([batch["ends_U"], batch["ends_q"]], 1).flatten(0, 1)  # (2 B, 2, H, W, 3)
-    planes = ends.permute(0, 1, 4, 2, 3).flatten(1, 2).to(model.state_mean.dtype) / 127.5 - 1  # (2 B, 6, H, W)
-    f = net.head(net.convolutions(planes)).unflatten(0, (tasks, 2))
-    s_U, s_q = sentence(f[:, :1]), F.normalize(f[:, 1:], dim=-1)
-    loss = c.lambda_emb * embedding_loss(s_U, s_q, c.margin)[0]
-    for i, weight in enumerate((c.lambda_U, c.lambda_q)):
-        images, states, actions = (batch[name][:, i].flatten(0, 1) for name in ("images", "states", "actions"))
-        prediction = plain_control(model.control_net, images, states, s_U.repeat_interleave(SAMPLES, 0))
-        loss = loss + weight * control_loss(prediction, actions)
-    loss.backward()
+    with plain_form():
+        model.losses(batch)["loss"].backward()
+
+
+def plain_act(model, image, state, s):
+    with plain_form():
+        return model.act(image, state, s)
 
 
 def training_step(data):
@@ -69,7 +67,7 @@ def training_step(data):
     t = medians(float32=lambda: a @ a, bfloat16=lambda: b @ b, copy=lambda: block[0].copy_(block[1]))
     limits = {"copied bytes/s": block.numel() / t.pop("copy"), **{f"{name} FLOP/s": 2 * n ** 3 / t[name] for name in t}}
     batch, model, bfloat16, plain = random_batch(B), TecNets(), TecNets(), TecNets().to(memory_format=torch.contiguous_format)
-    bfloat16.bfloat16 = True
+    bfloat16.use_bfloat16 = True
     t = medians(4, plain=lambda: plain_step(plain, batch))  # first, not in turn: the next line cannot be undone
     keep_freed_memory()
     t |= medians(float32=lambda: model.backward(batch), bfloat16=lambda: bfloat16.backward(batch),
@@ -79,7 +77,7 @@ def training_step(data):
     # Least traffic in bfloat16: a layer's output is written by the convolution, read and written by the norm and by the
     # ELU, read by the next layer (6); backward reads what three layers kept and reads and writes their gradients (9).
     frames, outputs = B * 2 * (SAMPLES + 1), sum(model.settings.filters * side ** 2 for side in (63, 32, 16, 8))
-    pixels = sum(batch[name].numel() for name in ("ends_U", "ends_q", "images"))  # read; written, read twice as 2 bytes
+    pixels = sum(batch[name].numel() for name in ("frames_U", "frames_q", "images"))  # read; written, read twice as 2 bytes
     flop, traffic = counter.get_total_flops(), 7 * pixels + (6 + 9) * 2 * frames * outputs
     roofline = max(flop / limits["bfloat16 FLOP/s"], traffic / limits["copied bytes/s"])
     ratios = {f"{p} / {name}": t[p] / t[name] for name in ("float32", "bfloat16") for p in t if p.startswith("plain")}
@@ -92,15 +90,14 @@ def act(data):
     image, state, s = batch["images"][0, 0, 0], batch["states"][0, 0, 0], torch.ones(20)
     torch.set_num_threads(1)
     with torch.no_grad():
-        t = medians(180, ours=lambda: model.act(image, state, s),
-                    plain=lambda: plain_control(plain.control_net, image[None], state[None], s[None]))
-    torch.set_num_threads(os.cpu_count())
+        t = medians(180, ours=lambda: model.act(image, state, s), plain=lambda: plain_act(plain, image, state, s))
+    torch.set_num_threads(cores())
     return {**t, "plain / ours": t["plain"] / t["ours"]}
 
 
 def loader(data):
     model, batches = TecNets(), TaskLoader(data, B, 1, 1, SAMPLES, seed=0)
-    model.bfloat16 = True
+    model.use_bfloat16 = True
     t, ready = medians(batch=lambda: batches.batch(0)), itertools.repeat(batches.batch(0))
     for name, source in (("step", ready), ("step with loader", batches)):
         t |= medians(36, **{name: lambda: model.backward(to_tensors(next(source), "cpu"))})
@@ -116,9 +113,9 @@ def simulator(data):
 
 
 def evaluation(data):
-    trials = lambda workers: run_trials("tecnets", "train", 6, 6, 1, 0, workers, open("results/weights.pt", "rb").read(), data)
-    t = medians(1, one=lambda: trials(1), all=lambda: trials(os.cpu_count()))
-    return {"trials/s, one core": 36 / t["one"], f"trials/s, {os.cpu_count()} cores": 36 / t["all"]}
+    trials = lambda workers: run_trials("tecnets", "train", range(6), 6, 1, 0, workers, SHIPPED.read_bytes(), data)
+    t = medians(1, one=lambda: trials(1), all=lambda: trials(cores()))
+    return {"trials/s, one core": 36 / t["one"], f"trials/s, {cores()} cores": 36 / t["all"]}
 
 
 def peak(tasks):

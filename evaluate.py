@@ -3,6 +3,7 @@
     python evaluate.py                                     # the weights in results/
     python evaluate.py --checkpoint runs/ours/best.pt --out runs/ours/test --gif 8
     python evaluate.py --policy expert --out runs/expert
+    python evaluate.py --only 52 --film-failures           # what goes wrong in test task 52
     python evaluate.py --embedding-map map.png             # where the sentences of the test tasks lie
 
 The default protocol is the paper's: 74 test tasks x 6 trials, one demonstration and five. Prints a
@@ -14,7 +15,6 @@ import argparse
 import hashlib
 import json
 import math
-import os
 import statistics
 import time
 import zlib
@@ -26,12 +26,14 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 import sim
-from data import (Parser, TaskSet, UserError, command, evenly, locked, number, parallel, progress, record_demo,
-                  write_atomically)
-from train import FULL_DATA, METHODS, load_model
+from common import Parser, UserError, command, cores, locked, number, parallel, progress, write_atomically
+from data import FULL_DATA, TaskSet, evenly_spaced, record_demo
+from train import METHODS, load_model
 
 POLICIES = (*METHODS, "no-demo", "expert", "random")
-FILMED_TRIALS = 3
+SHIPPED = Path(__file__).parent / "results" / "weights.pt"
+FILMED_TRIALS = 3  # of a task, beside each other in one GIF
+FAILURE_SIZE = 500  # pixels of a failing trial's own GIF
 
 
 # A policy: adapt(demos) before a trial, then act(obs) at every step. `demos` is a list of dicts with
@@ -44,7 +46,7 @@ class NetworkPolicy:
         self.model, self.demo_frames = model, demo_frames
 
     def adapt(self, demos):
-        ends = np.stack([demo["frames"][evenly(len(demo["frames"]), self.demo_frames)] for demo in demos])
+        ends = np.stack([demo["frames"][evenly_spaced(len(demo["frames"]), self.demo_frames)] for demo in demos])
         with torch.no_grad():
             self.context = self.model.embed(torch.from_numpy(ends))  # of (K, n, H, W, 3); TecNets' sentence
 
@@ -81,12 +83,15 @@ class RandomPolicy:
         return self.rng.uniform(-1, 1, sim.ACTION_DIM)
 
 
-def rollout(env, policy, task, seed, film=None):
-    """One trial: a dict with success, final_distance, distractor_displacement and lost; frames go to `film`."""
+def rollout(env, policy, task, seed, film=None, film_size=None):
+    """One trial: a dict with success, final_distance, distractor_displacement and lost.
+
+    Every second frame is appended to `film`, the policy's own or one of `film_size` pixels.
+    """
     obs, info = env.reset(seed=seed, options={"task": task, "swap": task.index % 2 == 1})
-    for _ in range(sim.HORIZON):
-        if film is not None:
-            film.append(obs["image"])
+    for step in range(sim.HORIZON):
+        if film is not None and step % 2 == 0:
+            film.append(env.picture(film_size) if film_size else obs["image"])
         obs, _, _, _, info = env.step(policy.act(obs))
     return {"success": bool(info["success"]), "final_distance": round(info["distance"], 5),
             "distractor_displacement": round(info["distractor_displacement"], 5), "lost": bool(info["lost"])}
@@ -107,40 +112,50 @@ def _load_network(checkpoint):
 
 def _run_task(job):
     """The trials of one task with one number of shots: rows, each also appended to the record."""
-    policy_name, split, index, trials, shots, seed, demos, demo_seed, film_to, record = job
+    policy_name, split, index, trials, shots, seed, demos, demo_seed, films, film_failures, out = job
     task = sim.make_task(split, index)
-    env = sim.PushEnv(render=policy_name not in ("expert", "random") or bool(film_to))
+    env = sim.PushEnv(render=policy_name not in ("expert", "random") or films or film_failures)
     demos = [record_demo(env, task, demo, demo_seed) if isinstance(demo, int) else demo for demo in demos]
-    rows, films, recorded = [], [], 0
-    for trial in trials:
-        special = {"no-demo": lambda: NoDemoPolicy(*_network), "expert": lambda: ExpertPolicy(env),
-                   "random": lambda: RandomPolicy([seed, index, trial])}
-        policy = special.get(policy_name, lambda: NetworkPolicy(*_network))()
+    special = {"no-demo": lambda trial: NoDemoPolicy(*_network), "expert": lambda trial: ExpertPolicy(env),
+               "random": lambda trial: RandomPolicy([seed, index, trial])}
+
+    def run(trial, *film):
+        policy = special.get(policy_name, lambda trial: NetworkPolicy(*_network))(trial)
         policy.adapt(demos)
-        scene = [seed, sim.SPLITS.index(split), index // 2, trial]  # the same for both tasks of a pair
-        film = [] if film_to and trial < FILMED_TRIALS else None
-        outcome = rollout(env, policy, task, int(np.random.default_rng(scene).integers(2 ** 31)), film)
+        scene = [seed, sim.split_key(split), index // 2, trial]  # the same for both tasks of a pair
+        return rollout(env, policy, task, int(np.random.default_rng(scene).integers(2 ** 31)), *film)
+
+    rows, filmed, recorded = [], [], 0
+    for trial in trials:
+        film = [] if films and trial < FILMED_TRIALS else None
+        outcome = run(trial, film)
         rows.append({"shots": shots, "task": index, "trial": trial, **outcome})
         if film:
-            films.append((film, outcome["success"]))
+            filmed.append((film, outcome["success"]))
             if trial < min(FILMED_TRIALS, len(trials)) - 1:
                 continue  # these trials are recorded together, with their GIF
-            save_gif(film_to / f"task{index:02d}-shots{shots}.gif", [demo["frames"] for demo in demos[:1]], films)
-        if record:
-            with open(record, "a") as file:  # one write: whole lines, but for a torn last one that resuming drops
+            save_gif(out / f"task{index:02d}-shots{shots}.gif", [demo["frames"] for demo in demos[:1]], filmed)
+        if film_failures and not outcome["success"]:
+            film = []
+            run(trial, film, FAILURE_SIZE)  # the same trial again
+            save_gif(out / f"task{index:02d}-shots{shots}-trial{trial}.gif", [demo["frames"] for demo in demos[:1]],
+                     [(film, False)], FAILURE_SIZE)
+        if out:
+            with open(out / "trials.jsonl", "a") as file:  # a kill can cut the last line, which is then run again
                 file.write("".join(_line(row) for row in rows[recorded:]))
             recorded = len(rows)
     env.close()
     return rows
 
 
-def run_trials(policy, split, tasks, trials, shots, seed, workers, checkpoint=None, data=None, films=0, out=None, done=()):
-    """The rows of tasks x trials for one number of shots, sorted by task and trial.
+def run_trials(policy, split, tasks, trials, shots, seed, workers, checkpoint=None, data=None, films=0,
+               film_failures=False, out=None, done=()):
+    """The rows of `trials` trials of each of the `tasks` (a list of numbers), sorted by task and trial.
 
     `checkpoint` is the content of one, for the networks. Demonstrations are a seeded choice of
     a task's, from the TaskSet `data` or, without one, recorded.
-    `done` are rows of trials that need not be run again. With a folder `out`, every row is appended to
-    its trials.jsonl, and the first trials of the first `films` tasks become a GIF.
+    `done` are rows of trials that need not be run again. With a folder `out`, every row is appended to its
+    trials.jsonl, the first trials of the first `films` tasks become a GIF, and, with `film_failures`, every failure.
     """
     jobs, demo_frames = [], _load_network(checkpoint)[1] if checkpoint else 2
     demo_seed, n_demos = (data.manifest["seed"], data.n_demos) if data else (FULL_DATA["seed"], FULL_DATA["demos"])
@@ -148,21 +163,20 @@ def run_trials(policy, split, tasks, trials, shots, seed, workers, checkpoint=No
         raise UserError(f"{shots} shots need as many demonstrations, a task has {n_demos}: lower --shots")
     rows = [row for row in done if row["shots"] == shots]
     finished = {(row["task"], row["trial"]) for row in rows}
-    for index in range(tasks):
+    for place, index in enumerate(tasks):
         missing = [trial for trial in range(trials) if (index, trial) not in finished]
         chosen = np.random.default_rng([seed, index]).permutation(n_demos)[:shots].tolist()
-        filmed = index < films and 0 in missing
+        filmed = place < films and 0 in missing
         if data and missing:
-            times = range(data.horizon) if filmed else evenly(data.horizon, demo_frames)
+            times = range(data.horizon) if filmed or film_failures else evenly_spaced(data.horizon, demo_frames)
             chosen = [{"frames": data.frames(index, demo, times)} for demo in chosen]
         if missing:
-            jobs.append((policy, split, index, missing, shots, seed, chosen, demo_seed, out if filmed else None,
-                         out and out / "trials.jsonl"))
+            jobs.append((policy, split, index, missing, shots, seed, chosen, demo_seed, filmed, film_failures, out))
     start, before = time.monotonic(), len(rows)
     for task_rows in parallel(_run_task, jobs, workers, _start_worker, (checkpoint,)):
         rows += task_rows
-        left = tasks * trials - len(rows)
-        progress(f"{policy}, {shots} shots: {len(rows)}/{tasks * trials} trials, "
+        left = len(tasks) * trials - len(rows)
+        progress(f"{policy}, {shots} shots: {len(rows)}/{len(tasks) * trials} trials, "
                  f"{100 * sum(row['success'] for row in rows) / len(rows):.1f} % success, "
                  f"{(time.monotonic() - start) / (len(rows) - before) * left:.0f} s left", end=not left)
     return sorted(rows, key=lambda row: (row["task"], row["trial"]))
@@ -227,25 +241,27 @@ def table(results):
     return "\n".join(lines)
 
 
-def save_gif(path, demo, films):
-    """The demonstration, if there is one, beside (frames, success) of rollouts, framed green or red; 10 frames a second."""
+def save_gif(path, demo, films, size=250):
+    """The demonstration's frames, if there is one, beside (film, success) of rollouts, framed green or red; 10 a second."""
     pictures = []
-    for time_ in range(0, sim.HORIZON, 2):
-        parts = [*(frames[time_] for frames in demo), *(film[time_] for film, _ in films)]
-        picture = Image.fromarray(np.concatenate(parts, 1)).resize((250 * len(parts), 250), Image.Resampling.NEAREST)
+    for place in range(len(films[0][0])):
+        picture = Image.new("RGB", (size * (len(demo) + len(films)), size))
+        parts = [*(frames[2 * place] for frames in demo), *(film[place] for film, _ in films)]
+        for column, part in enumerate(parts):
+            picture.paste(Image.fromarray(part).resize((size, size), Image.Resampling.NEAREST), (size * column, 0))
         draw = ImageDraw.Draw(picture)
         if demo:
             draw.text((6, 4), "demonstration", "black")
         for column, (_, success) in enumerate(films, len(demo)):
-            left = 250 * column
-            draw.rectangle((left, 0, left + 249, 249), outline="green" if success else "red", width=3)
+            left = size * column
+            draw.rectangle((left, 0, left + size - 1, size - 1), outline="green" if success else "red", width=3)
             draw.text((left + 6, 4), f"rollout {'succeeds' if success else 'fails'}", "black")
         pictures.append(picture)
     write_atomically(path, lambda file: pictures[0].save(
         file, "gif", save_all=True, append_images=pictures[1:], duration=100, loop=0))
 
 
-def costs(checkpoint, repeats=20):
+def measure_costs(checkpoint, repeats=20):
     """Number of parameters, and milliseconds of an adaptation to one demonstration and of an action, on one core."""
     model, demo_frames = _load_network(checkpoint)
     policy, seconds = NetworkPolicy(model, demo_frames), {"adapt": [], "act": []}
@@ -294,75 +310,111 @@ def embedding_map(path, model, data, train_data, side=1600, thumbnail=120):
             "nearest_training_task": nearest.tolist(), "nearest_similarity": nearness.tolist()}
 
 
-def main():
+# The program ----------------------------------------------------------------------------------
+
+def parse():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", default="results/weights.pt", help="of a network")
+    parser.add_argument("--checkpoint", default=SHIPPED, help="of a network (default: the weights in results/)")
     parser.add_argument("--data", default="data/push", help="data set to take demonstrations from, if it is there")
     parser.add_argument("--split", choices=sim.SPLITS, default="test")
-    parser.add_argument("--tasks", type=number(int, 1), default=74, help="the first tasks of the split")
+    parser.add_argument("--tasks", type=number(int, 1), default=FULL_DATA["tasks"]["test"], help="the first tasks of the split")
+    parser.add_argument("--only", type=number(int, 0), nargs="+", metavar="TASK", help="these tasks, by number, in place of --tasks")
     parser.add_argument("--trials", type=number(int, 1), default=6, help="trials a task")
     parser.add_argument("--shots", type=number(int, 1), nargs="+", default=[1, 5], help="demonstrations a task")
     parser.add_argument("--seed", type=number(int, 0), default=0, help="of the trials and the choice of demonstrations")
-    parser.add_argument("--workers", type=number(int, 1), default=os.cpu_count(), help="processes")
+    parser.add_argument("--workers", type=number(int, 1), default=cores(), help="processes")
     parser.add_argument("--policy", "--method", choices=POLICIES,
                         help="by default the checkpoint's; no-demo: TecNets with a zero sentence")
     parser.add_argument("--out", default="runs/evaluation", help="folder of results.json and the GIFs")
     parser.add_argument("--gif", type=number(int, 0), default=0, help="film the first trials of this many tasks")
+    parser.add_argument("--film-failures", action="store_true", help="film every failing trial, one large GIF each")
     parser.add_argument("--embedding-map", metavar="PNG", help="draw the tasks' sentences, write figures to PNG.json, and end")
-    args = parser.parse_args()
-    checkpoint, data, method = None, None, None
+    return parser.parse_args()
+
+
+def read_network(args):
+    """(the model, its checkpoint's dict, the checkpoint's bytes), checked against the arguments and the simulator."""
+    model, content = load_model(args.checkpoint)
+    method, c = content["options"]["method"], model.settings
+    if args.policy not in (None, method) and (args.policy, method) != ("no-demo", "tecnets"):
+        raise UserError(f"{args.checkpoint} is of the method {method}: leave --policy out or take another checkpoint")
+    if (c.image_size, c.state_dim, c.action_dim) != (sim.IMAGE_SIZE, sim.STATE_DIM, sim.ACTION_DIM):
+        raise UserError(f"{args.checkpoint} was trained on images of {c.image_size} pixels, {c.state_dim} states and "
+                        f"{c.action_dim} actions; there is a simulator here for the benchmark's {sim.IMAGE_SIZE}, "
+                        f"{sim.STATE_DIM} and {sim.ACTION_DIM} only: take another checkpoint")
+    return model, content, Path(args.checkpoint).read_bytes()  # bytes once: all trials are of the same weights
+
+
+def draw_map(args, policy, model):
+    """The program with --embedding-map."""
+    if policy != "tecnets":
+        raise UserError(f"only tecnets has sentences to draw, not {policy}: take another checkpoint")
+    figures = embedding_map(args.embedding_map, model, TaskSet(args.data, args.split, args.tasks), TaskSet(args.data, "train"))
+    write_atomically(f"{args.embedding_map}.json", lambda file: file.write(json.dumps(figures, indent=1).encode()))
+    print(f"{figures['retrieval']:.1%} of {figures['demos']} demonstrations are nearest to their own among "
+          f"{figures['tasks']} tasks; figures in {args.embedding_map}.json")
+
+
+def read_demonstrations(args, policy, tasks):
+    """The TaskSet that demonstrations come from; None if they are to be recorded, or the policy needs none."""
+    if policy not in METHODS:
+        return None
+    if not (Path(args.data) / "manifest.json").exists():
+        print(f"no data set in {args.data}: recording the demonstrations on the fly")
+        return None
+    data = TaskSet(args.data, args.split, max(tasks) + 1)
+    if data.manifest["seed"] is None:
+        raise UserError(f"{args.data} is not of this simulator, so nothing can be tried on it here; give another --data")
+    return data
+
+
+def finished_report(path, evaluation):
+    """The report of the same evaluation, None if there is none. Raises UserError for another one's."""
+    if not path.exists():
+        return None
+    try:
+        report = json.loads(path.read_text())
+        same = report["evaluation"] == evaluation
+    except (ValueError, KeyError, TypeError):
+        same = False
+    if not same:
+        raise UserError(f"{path} is of another evaluation: choose another --out, or delete it")
+    return report
+
+
+def main():
+    args = parse()
+    content = checkpoint = method = None
     if args.policy not in ("expert", "random"):
-        model, content = load_model(args.checkpoint)
-        checkpoint = Path(args.checkpoint).read_bytes()  # once: all trials are of the same weights
-        method, c = content["options"]["method"], model.settings
-        if args.policy not in (None, method) and (args.policy, method) != ("no-demo", "tecnets"):
-            raise UserError(f"{args.checkpoint} is of the method {method}: leave --policy out or take another checkpoint")
-        if (c.image_size, c.state_dim, c.action_dim) != (sim.IMAGE_SIZE, sim.STATE_DIM, sim.ACTION_DIM):
-            raise UserError(f"{args.checkpoint} was trained on images of {c.image_size} pixels, {c.state_dim} states and "
-                            f"{c.action_dim} actions, not on this benchmark's: take another checkpoint")
+        model, content, checkpoint = read_network(args)
+        method = content["options"]["method"]
     policy = args.policy or method
     if args.embedding_map:
-        if policy != "tecnets":
-            raise UserError(f"only tecnets has sentences to draw, not {policy}: take another checkpoint")
-        sets = TaskSet(args.data, args.split, args.tasks), TaskSet(args.data, "train")
-        figures = embedding_map(args.embedding_map, model, *sets)
-        write_atomically(f"{args.embedding_map}.json", lambda file: file.write(json.dumps(figures, indent=1).encode()))
-        print(f"{figures['retrieval']:.1%} of {figures['demos']} demonstrations are nearest to their own among "
-              f"{figures['tasks']} tasks; figures in {args.embedding_map}.json")
-        return
+        return draw_map(args, policy, model)
+    tasks = sorted(set(args.only)) if args.only else list(range(args.tasks))
+    data = read_demonstrations(args, policy, tasks)
     out, shots = Path(args.out), list(dict.fromkeys(args.shots)) if policy in METHODS else [0]
-    if policy in METHODS:
-        if (Path(args.data) / "manifest.json").exists():
-            data = TaskSet(args.data, args.split, args.tasks)
-            if data.manifest["seed"] is None:
-                raise UserError(f"{args.data} is imported: its objects are not in this simulator; give another --data")
-        else:
-            print(f"no data set in {args.data}: recording the demonstrations on the fly")
-    evaluation = {"policy": policy, **{name: getattr(args, name) for name in ("split", "tasks", "trials", "seed", "gif")},
-                  "shots": shots, "checkpoint": checkpoint is not None and hashlib.sha256(checkpoint).hexdigest(),
+    evaluation = {"policy": policy, "split": args.split, "tasks": args.only and tasks or args.tasks, "trials": args.trials,
+                  "seed": args.seed, "gif": args.gif, "film_failures": args.film_failures, "shots": shots,
+                  "checkpoint": checkpoint is not None and hashlib.sha256(checkpoint).hexdigest(),
                   "demos": data and [data.manifest["seed"], data.n_demos]}
     with locked(out):
-        if (out / "results.json").exists():
-            try:
-                report = json.loads((out / "results.json").read_text())
-                finished = report["evaluation"]
-            except (ValueError, KeyError, TypeError):
-                finished = None
-            if finished != evaluation:
-                raise UserError(f"{out}/results.json is of another evaluation: choose another --out, or delete it")
-        else:
+        report = finished_report(out / "results.json", evaluation)
+        if report is None:
             done, results = resume(out / "trials.jsonl", evaluation), []
             for k in shots:
                 start = time.monotonic()
-                rows = run_trials(policy, args.split, args.tasks, args.trials, k, args.seed, args.workers,
-                                  checkpoint, data, args.gif, out, done)
+                rows = run_trials(policy, args.split, tasks, args.trials, k, args.seed, args.workers,
+                                  checkpoint, data, args.gif, args.film_failures, out, done)
                 results.append(summary(policy, args.split, k, args.seed, rows, time.monotonic() - start))
             report = {"evaluation": evaluation, "results": results}
-            if policy in METHODS:
-                report["network"] = {**costs(checkpoint), **{name: content[name] for name in ("step", "seconds")}}
+            if checkpoint:
+                report["network"] = {**measure_costs(checkpoint), **{name: content[name] for name in ("step", "seconds", "options")}}
             write_atomically(out / "results.json", lambda file: file.write(json.dumps(report, indent=1).encode()))
         (out / "trials.jsonl").unlink(missing_ok=True)
     print(table(report["results"]))
+    if films := sorted(str(path) for path in out.glob("*.gif")):
+        print("films:", *films)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import os
 import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
+import zlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,8 +55,9 @@ ACTION_DIM = 7
 # off the plane: an expert's mirrored action is off by 0.007 rms). Signs of the joints, the state, the action:
 MIRRORED_ACTION = np.array([-1, 1, -1, 1, -1, 1, -1], np.float32)
 MIRRORED_STATE = np.concatenate([MIRRORED_ACTION, MIRRORED_ACTION, np.float32([1, -1, 1, 1, -1, 1])])
+MIRROR = {"states": MIRRORED_STATE.tolist(), "actions": MIRRORED_ACTION.tolist()}  # as a data set's manifest has it
 GOAL_RADIUS = 0.08  # of the drawn disc
-SUCCESS_DISTANCE = 0.017 ** 0.5  # the rule squares it; laxer than the disc
+SUCCESS_DISTANCE = 0.017 ** 0.5  # 0.13 m: the rule is a squared distance below 0.017; more than the disc's radius
 SUCCESS_STEPS = 10  # control steps within SUCCESS_DISTANCE
 STRICT_DISTANCE = 0.05  # final distance of the stricter rule reported beside it
 MOVED_DISTANCE = 0.03  # a distractor moved further than this counts as moved
@@ -83,7 +85,9 @@ DAMPING = np.array([15, 15, 10, 8, 1.5, 1.5, 0.6])  # N m s/rad: torque acts lik
 TORQUE = np.array([20, 20, 10, 10, 2, 2, 1.0])  # action 1
 MAX_SPEED = math.pi  # rad/s, of the iiwa 7's fastest joints; a blow against the fork cannot spin one faster
 SUBSTEPS = 12  # of 1/240 s
-STABLE = 1.9  # bound on step x eigenvalues of M^-1 D, damping diverges from 2; demonstrations stay below it
+# PyBullet's explicit damping D diverges where (time step) x (largest eigenvalue of M^-1 D), M the arm's mass matrix, is
+# above 2. Demonstrations stay below this limit; where a pose exceeds it, the time step is divided.
+MAX_DAMPING_STEP = 1.9
 
 # The camera, opposite the robot: 0.73 m from the goal, 50 degrees down, 45 degrees field of view.
 CAMERA_TARGET, CAMERA_DISTANCE, CAMERA_ELEVATION, CAMERA_FOV = (-0.12, 0, 0), 0.8, -50, 45
@@ -103,8 +107,11 @@ class Appearance:
 
 @dataclass(frozen=True)
 class Body:
-    """One object: `size` is its largest horizontal extent (m), `mass` in kg."""
-    mesh_id: int
+    """One object: `size` is its largest horizontal extent (m), `mass` in kg.
+
+    `mesh_id` is the number of a mesh of pybullet_data/random_urdfs, or the path of an OBJ file of triangles.
+    """
+    mesh_id: int | str
     size: float
     mass: float
     friction: float
@@ -113,7 +120,10 @@ class Body:
 
 @dataclass(frozen=True)
 class Task:
-    """Push `target` to the goal, leave `distractor`. Tasks 2k and 2k + 1 swap the two."""
+    """Push `target` to the goal, leave `distractor`. Tasks 2k and 2k + 1 of a split swap the two.
+
+    make_task gives those of the benchmark's splits; a task of your own bears another name for its split.
+    """
     split: str
     index: int
     target: Body
@@ -144,6 +154,11 @@ def make_task(split, index):
     return Task(split, index, bodies[swapped], bodies[1 - swapped])
 
 
+def split_key(split):
+    """The number that stands for a split in the seeds of its scenes; a name of your own is hashed."""
+    return SPLITS.index(split) if split in SPLITS else len(SPLITS) + zlib.crc32(split.encode())
+
+
 def _random_appearance(rng):
     colours = tuple(colorsys.hsv_to_rgb(*rng.uniform((0, 0.1, 0.25), (1, 1, 1))) for _ in range(2))
     return Appearance(PATTERNS[rng.integers(len(PATTERNS))], colours, int(rng.integers(2 ** 31)))
@@ -162,8 +177,10 @@ def _texture(look, cells=8):
 
 @functools.lru_cache(maxsize=64)
 def _mesh(mesh_id):
-    """Path, vertices (V, 3) and triangles (T, 3) of a mesh of pybullet_data/random_urdfs."""
-    path = os.path.join(pybullet_data.getDataPath(), "random_urdfs", f"{mesh_id:03d}", f"{mesh_id:03d}.obj")
+    """Path, vertices (V, 3) and triangles (T, 3) of a Body's mesh."""
+    path = mesh_id
+    if isinstance(mesh_id, int):
+        path = os.path.join(pybullet_data.getDataPath(), "random_urdfs", f"{mesh_id:03d}", f"{mesh_id:03d}.obj")
     vertices, faces = [], []
     with open(path) as file:
         for line in file:
@@ -247,6 +264,7 @@ def _camera(client, size):
     projection = client.computeProjectionMatrixFOV(CAMERA_FOV, 1, 0.1, 3)
     _, _, rgba, _, segmentation = client.getCameraImage(
         size, size, view, projection, shadow=0, renderer=client.ER_TINY_RENDERER)
+    rgba, segmentation = np.asarray(rgba, np.uint8), np.asarray(segmentation)  # pybullet-arm64 returns tuples
     return rgba.view(np.uint32).reshape(size, size), segmentation.reshape(size, size) >= 0
 
 
@@ -305,7 +323,7 @@ class PushEnv:
                                   forces=torques)
         mass, root = np.array(client.calculateMassMatrix(self.arm, self.q.tolist())), np.sqrt(DAMPING)
         stiffness = np.linalg.eigvalsh(root[:, None] * np.linalg.inv(mass) * root)[-1] / CONTROL_HZ / SUBSTEPS
-        substeps = SUBSTEPS * math.ceil(stiffness / STABLE)  # more in some stretched poses
+        substeps = SUBSTEPS * math.ceil(stiffness / MAX_DAMPING_STEP)  # more in some stretched poses
         client.setTimeStep(1 / CONTROL_HZ / substeps)
         advance = client.stepSimulation
         for _ in range(substeps):  # PyBullet clears the torques at every step
@@ -403,12 +421,15 @@ class PushEnv:
             client.getMatrixFromQuaternion(fork[5]), (3, 3))
         obs = {"state": np.concatenate([self.q, self.dq, self.fork_position, np.zeros(3)]).astype(np.float32)}
         if self.render:
-            obs["image"] = self._image()
+            obs["image"] = self.picture(self.image_size)
         return obs
 
-    def _image(self):
-        """Draw the bodies over the empty scene, antialiased: the same picture as drawing it all, but faster."""
-        size = self.image_size * SUPERSAMPLE
+    def picture(self, image_size):
+        """The scene as it is now, (image_size, image_size, 3) uint8, antialiased.
+
+        The bodies are drawn over the empty scene: the same picture as drawing it all, but faster.
+        """
+        size = image_size * SUPERSAMPLE
         pixels, body = _camera(self.client, size)
         picture = Image.frombuffer("RGBX", (size, size), np.where(body, pixels, _background(size)))
         return np.array(picture.reduce(SUPERSAMPLE))[..., :3]
@@ -426,7 +447,7 @@ class PushEnv:
 TRAVEL_HEIGHT, PUSH_HEIGHT = 0.118, 0.022  # of the fork
 TRAVEL_SPEED, PUSH_SPEED = 0.45, 0.20  # m/s
 STOP_DISTANCE = 0.015  # of the target from the goal
-PUSH_FORCE, PUSH_GAIN, MAX_FORCE = 4.0, 50.0, 14.0  # N, N s/m, N: the more, the more the push lags
+PUSH_FORCE, PUSH_GAIN, MAX_FORCE = 4.0, 50.0, 14.0  # N, N s/m, N: the force grows with how far the push lags behind
 JOINT_GAIN = 14.0  # 1/s, of the joint velocities' error
 POSTURE = np.array([0, 1.4, 0, -1.5, 0, 0, 0])  # what the arm's spare degree of freedom tends to
 

@@ -7,7 +7,14 @@ outputs the joint torques, as fractions of each joint's limit. Both train end to
     lambda_emb L_emb + lambda_U L_ctr^U + lambda_q L_ctr^q                             (section 3)
 
 with the paper's symbols: U is the support set, q the query, s_U and s_q their sentences. This file
-needs torch only and can be copied as it is. Dimensions in comments:
+needs torch only and can be copied as it is. Trained weights load without the rest of the project:
+
+    content = torch.load("results/weights.pt", weights_only=True)
+    model = TecNets(Settings(**content["settings"]))
+    model.load_state_dict(content["model"])
+
+To export the policy (torch.export, ONNX) export `predict`, which normalises the state, not `control_net`.
+Dimensions in comments:
 
     B tasks, K support demos and Q query demos of a task, M control samples of a task,
     N images, H x W pixels, E numbers in a sentence, S in a state, A in an action.
@@ -22,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass(frozen=True)
 class Settings:
-    """Sizes of the official code, loss weights, and a side wherever paper and code differ."""
+    """Sizes of the official code, weights of the losses, and a choice where paper and official code differ."""
     image_size: int = 125
     state_dim: int = 20
     action_dim: int = 7
@@ -36,7 +43,7 @@ class Settings:
     normalise_queries: bool = True  # paper (cosine similarity); the code left queries raw
     support_mean: str = "mean-norm"  # paper; code: "norm-mean-norm"
     negatives: str = "sentences"  # paper: other tasks' sentences; code: other tasks' "queries"
-    ends: str = "both"  # frames of a demonstration that are embedded; "first" or "last" alone to compare
+    ends: str = "both"  # frames of a demonstration that are embedded: both, or for comparison "first" or "last" alone
 
     def __post_init__(self):
         if self.support_mean not in ("mean-norm", "norm-mean-norm"):
@@ -45,6 +52,48 @@ class Settings:
             raise ValueError(f"negatives is sentences or queries, not {self.negatives}")
         if self.ends not in ("both", "first", "last"):
             raise ValueError(f"ends is both, first or last, not {self.ends}")
+
+
+# Sentences and losses (section 3) -------------------------------------------------------------
+
+def sentence(f, support_mean="mean-norm"):
+    """s = v(mean_k f(tau_k)) with v(x) = x / |x|: (..., K, E) -> (..., E), unit length.
+
+    "norm-mean-norm" (official code) also normalises every f(tau_k) before the mean. Raises ValueError
+    without a demonstration, K = 0.
+    """
+    if f.shape[-2] == 0:
+        raise ValueError("a sentence needs at least one demonstration, K = 0 were given")
+    if support_mean == "norm-mean-norm":
+        f = F.normalize(f, dim=-1)
+    return F.normalize(f.mean(-2), dim=-1)
+
+
+def embedding_loss(s_U, s_q, margin=0.1, negatives="sentences"):
+    """L_emb, a hinge on dot products, and the retrieval accuracy: s_U (B, E), s_q (B, Q, E) -> two scalars.
+
+    Mean over tasks j, other tasks i and queries of max(0, margin - s_q^j . s_U^j + s_q^j . s_U^i).
+    With negatives="queries" (official code) the last term is s_q^i . s_U^j. Gradients flow through
+    both sides. The accuracy is the share of (task, query) whose own product beats all negatives.
+
+    A loss that rests at the margin with an accuracy of chance, 1 / B, is a collapse: all sentences are
+    equal. A constant learning rate of 1e-3 can bring it on; warming up, as train.py does, avoids it.
+    """
+    B = len(s_U)
+    similarity = torch.einsum("jqe,ie->jqi", s_q, s_U)  # (B, Q, B): query of j, sentence of i
+    positive = similarity.diagonal(dim1=0, dim2=2).T[..., None]  # (B, Q, 1)
+    if negatives == "queries":
+        similarity = similarity.transpose(0, 2)  # query of i, sentence of j
+    other = ~torch.eye(B, dtype=torch.bool, device=s_U.device)[:, None]  # (B, 1, B)
+    hinge = (margin - positive + similarity).clamp(min=0)
+    loss = (hinge * other).sum() / max(1, other.sum() * s_q.shape[1])
+    accuracy = (positive > similarity.masked_fill(~other, -torch.inf)).all(-1).float().mean()
+    return loss, accuracy
+
+
+def control_loss(prediction, actions):
+    """L_ctr, behaviour cloning: the mean squared error of actions, (..., A) each -> a scalar."""
+    return F.mse_loss(prediction, actions)
 
 
 # The networks (official code, networks/cnn.py) ------------------------------------------------
@@ -86,16 +135,6 @@ def _fully_connected(inputs, outputs, settings):
     return nn.Sequential(*layers, nn.Linear(inputs, outputs))
 
 
-def _first_convolution(images, weight, bias):
-    """The first convolution of images scaled to [-1, 1]: uint8 (N, H, W, C) -> (N, filters, h, w).
-
-    Of x / 127.5 - 1 the image takes the shift, exact even in bfloat16, and the weight the scale.
-    """
-    dtype = torch.get_autocast_dtype(images.device.type) if torch.is_autocast_enabled(images.device.type) else weight.dtype
-    planes = (images.to(dtype) - 127.5).movedim(-1, 1)  # (N, C, H, W), channels last in memory
-    return F.conv2d(planes, weight / 127.5, bias, stride=2, padding=KERNEL // 2)
-
-
 class EmbeddingNet(nn.Module):
     """f_theta: a demonstration's first and last frame -> E numbers (section 3.1)."""
 
@@ -110,7 +149,7 @@ class EmbeddingNet(nn.Module):
         """ends (N, 2, H, W, 3) uint8 -> (N, E), not normalised."""
         first, *rest = self.convolutions
         planes = torch.cat(ends[:, self.ends].unbind(1), -1)  # (N, H, W, 6), or 3 for one frame alone
-        x = _first_convolution(planes, first.weight, first.bias)
+        x = first_convolution(first, planes)  # (N, filters, h, w)
         for layer in rest:
             x = layer(x)  # (N, features) at the end
         return self.head(x).to(first.weight.dtype)
@@ -119,104 +158,80 @@ class EmbeddingNet(nn.Module):
 class ControlNet(nn.Module):
     """pi: image, state and sentence -> torques (section 3.2).
 
-    The sentence is tiled over the image and stacked on its channels. As it is constant there, the
-    first convolution's response to it is a bias, the same everywhere but at the border, where the
-    zero padding cuts the kernel: 3 x 3 zones. It is computed for the zones only and added.
+    The sentence is tiled over the image and stacked on its channels; the state joins the flattened features.
     """
 
     def __init__(self, settings):
         super().__init__()
-        self.image_size = settings.image_size
         self.convolutions, features = _convolutions(3 + settings.embedding_dim, settings)
         self.head = _fully_connected(features + settings.state_dim, settings.action_dim, settings)
         self.apply(_glorot)
-        zones = torch.zeros((self.image_size + 1) // 2, 3)
-        zones[0, 0] = zones[1:-1, 1] = zones[-1, 2] = 1
-        self.register_buffer("zones", zones, persistent=False)
-
-    def sentence_response(self, s):
-        """What the tiled sentences (B, E) add to the first convolution, (B, 1, h, w, filters)."""
-        weight, E = self.convolutions[0].weight, s.shape[1]  # (filters, 3 + E, 5, 5)
-        size = KERNEL + (self.image_size + 1) % 2  # the smallest plane with all zones of this parity
-        ones = weight.new_ones(1, 1, size, size)
-        response = F.conv2d(ones, weight[:, 3:].flatten(0, 1)[:, None], stride=2, padding=KERNEL // 2)[0]
-        response = torch.einsum("be,feij->bijf", s, response.unflatten(0, (-1, E)))
-        return torch.einsum("hi,bijf,wj->bhwf", self.zones, response, self.zones)[:, None]
 
     def forward(self, images, states, s):
         """images (B, M, H, W, 3) uint8, states (B, M, S), normalised, s (B, E) -> actions (B, M, A)."""
-        B, M = images.shape[:2]
         first, *rest = self.convolutions
-        x = _first_convolution(images.flatten(0, 1), first.weight[:, :3], first.bias)
-        x = x.movedim(1, -1).unflatten(0, (B, M))  # (B, M, h, w, filters)
-        x = (x + self.sentence_response(s).to(x.dtype)).flatten(0, 1).movedim(-1, 1)  # (B M, filters, h, w)
+        x = first_convolution(first, images, s)  # (B M, filters, h, w)
         for layer in rest:
             x = layer(x)  # (B M, features) at the end
         x = torch.cat([x, states.flatten(0, 1).to(x.dtype)], 1)
-        return self.head(x).to(first.weight.dtype).unflatten(0, (B, M))
+        return self.head(x).to(first.weight.dtype).unflatten(0, images.shape[:2])
 
 
-# Sentences and losses (section 3) -------------------------------------------------------------
-
-def sentence(f, support_mean="mean-norm"):
-    """s = v(mean_k f(tau_k)) with v(x) = x / |x|: (..., K, E) -> (..., E), unit length.
-
-    "norm-mean-norm" (official code) also normalises every f(tau_k) before the mean.
-    """
-    if support_mean == "norm-mean-norm":
-        f = F.normalize(f, dim=-1)
-    return F.normalize(f.mean(-2), dim=-1)
-
-
-def embedding_loss(s_U, s_q, margin=0.1, negatives="sentences"):
-    """L_emb, a hinge on dot products, and the retrieval accuracy: s_U (B, E), s_q (B, Q, E) -> two scalars.
-
-    Mean over tasks j, other tasks i and queries of max(0, margin - s_q^j . s_U^j + s_q^j . s_U^i).
-    With negatives="queries" (official code) the last term is s_q^i . s_U^j. Gradients flow through
-    both sides. The accuracy is the share of (task, query) whose own product beats all negatives.
-    """
-    B = len(s_U)
-    similarity = torch.einsum("jqe,ie->jqi", s_q, s_U)  # (B, Q, B): query of j, sentence of i
-    positive = similarity.diagonal(dim1=0, dim2=2).T[..., None]  # (B, Q, 1)
-    if negatives == "queries":
-        similarity = similarity.transpose(0, 2)  # query of i, sentence of j
-    other = ~torch.eye(B, dtype=torch.bool, device=s_U.device)[:, None]  # (B, 1, B)
-    hinge = (margin - positive + similarity).clamp(min=0)
-    loss = (hinge * other).sum() / max(1, other.sum() * s_q.shape[1])
-    accuracy = (positive > similarity.masked_fill(~other, -torch.inf)).all(-1).float().mean()
-    return loss, accuracy
-
-
-def control_loss(prediction, actions):
-    """L_ctr, behaviour cloning: the mean squared error of actions, (..., A) each -> a scalar."""
-    return F.mse_loss(prediction, actions)
-
-
-# Both together --------------------------------------------------------------------------------
+# The method -----------------------------------------------------------------------------------
 
 class TecNets(nn.Module):
-    """Both networks and the statistics that normalise the state (taken from training tasks only)."""
+    """Both networks and the statistics that normalise the state (taken from training tasks only).
+
+    A batch maps to tensors, U before q on axis 1 where both are in one: `frames_U` (B, K, 2, H, W, 3) and
+    `frames_q` (B, Q, 2, H, W, 3) uint8, the first and last frames; `images` (B, 2, M, H, W, 3) uint8,
+    `states` (B, 2, M, S) and `actions` (B, 2, M, A), the control samples. Set `use_bfloat16` to run
+    both networks in bfloat16; weights and losses stay float32. Raises ValueError for a state_std not above 0.
+    """
 
     def __init__(self, settings=Settings(), state_mean=0.0, state_std=1.0):
         super().__init__()
         self.settings = settings
-        self.bfloat16 = False  # run both networks in bfloat16, weights and losses stay float32
+        self.use_bfloat16 = False
         self.embedding_net = EmbeddingNet(settings)
         self.control_net = ControlNet(settings)
         self.to(memory_format=torch.channels_last)
         self.register_buffer("state_mean", torch.as_tensor(state_mean) + torch.zeros(settings.state_dim))
         self.register_buffer("state_std", torch.as_tensor(state_std) * torch.ones(settings.state_dim))
+        if not (self.state_std > 0).all():
+            raise ValueError(f"state_std must be above 0, not {self.state_std.min()}")
+
+    def losses(self, batch):
+        """The total loss on a batch and its terms (section 3), as the paper writes them.
+
+        Returns a dict of scalars with their gradient: loss, loss_emb, loss_U, loss_q; and accuracy.
+        """
+        c = self.settings
+        s_U, loss_emb, accuracy = self._compare(batch)
+        images, states, actions = batch["images"], batch["states"], batch["actions"]
+        loss_U = control_loss(self.predict(images[:, 0], states[:, 0], s_U), actions[:, 0])
+        loss_q = control_loss(self.predict(images[:, 1], states[:, 1], s_U), actions[:, 1])  # also given s_U
+        loss = c.lambda_emb * loss_emb + c.lambda_U * loss_U + c.lambda_q * loss_q
+        return {"loss": loss, "loss_emb": loss_emb, "loss_U": loss_U, "loss_q": loss_q, "accuracy": accuracy}
+
+    def _compare(self, batch, chunk=None):
+        """The sentences s_U (B, E) of the support sets, the embedding loss and the accuracy of a batch."""
+        c, (f_U, f_q) = self.settings, (self._embeddings(batch[name], chunk) for name in ("frames_U", "frames_q"))
+        s_U = sentence(f_U, c.support_mean)  # (B, E)
+        s_q = F.normalize(f_q, dim=-1) if c.normalise_queries else f_q  # (B, Q, E)
+        return s_U, *embedding_loss(s_U, s_q, c.margin, c.negatives)
+
+    def _embeddings(self, ends, chunk=None):
+        """f_theta of (..., 2, H, W, 3) uint8 -> (..., E); beyond one chunk activations are computed again in backward."""
+        shape, ends = ends.shape[:-4], ends.flatten(0, -5)
+        with self._autocast():
+            if chunk is None or len(ends) <= chunk:
+                f = self.embedding_net(ends)
+            else:
+                f = torch.cat([checkpoint(self.embedding_net, part, use_reentrant=False) for part in ends.split(chunk)])
+        return f.unflatten(0, shape)
 
     def _autocast(self):
-        return torch.autocast(self.state_mean.device.type, torch.bfloat16, enabled=self.bfloat16)
-
-    def _embeddings(self, ends, chunk):
-        """f_theta of (N, 2, H, W, 3) uint8 -> (N, E); beyond one chunk activations are recomputed in backward."""
-        with self._autocast():
-            if len(ends) <= chunk:
-                return self.embedding_net(ends)
-            return torch.cat([checkpoint(self.embedding_net, part, use_reentrant=False)
-                              for part in ends.split(chunk)])
+        return torch.autocast(self.state_mean.device.type, torch.bfloat16, enabled=self.use_bfloat16)
 
     def predict(self, images, states, s):
         """Actions (B, M, A) for images (B, M, H, W, 3) uint8, raw states (B, M, S) and sentences (B, E)."""
@@ -225,8 +240,7 @@ class TecNets(nn.Module):
 
     def embed(self, ends, chunk=256):
         """The sentence of support demos: first and last frames (..., K, 2, H, W, 3) uint8 -> (..., E)."""
-        f = self._embeddings(ends.flatten(0, -5), chunk).unflatten(0, ends.shape[:-4])
-        return sentence(f, self.settings.support_mean)
+        return sentence(self._embeddings(ends, chunk), self.settings.support_mean)
 
     @torch.no_grad()
     def act(self, image, state, s):
@@ -234,24 +248,16 @@ class TecNets(nn.Module):
         return self.predict(image[None, None], state[None, None], s[None])[0, 0]
 
     def backward(self, batch, chunk=256):
-        """Add the gradient of the total loss on a batch to the parameters' and return its terms.
+        """The same as losses(batch)["loss"].backward(), in bounded memory; returns the terms, detached.
 
-        `batch` maps to tensors, U before q on axis 1 where both are in one: `ends_U` (B, K, 2, H, W, 3)
-        and `ends_q` (B, Q, 2, H, W, 3) uint8, `images` (B, 2, M, H, W, 3) uint8, `states` (B, 2, M, S)
-        and `actions` (B, 2, M, A). Both control losses are conditioned on s_U. They run in chunks of
-        at most `chunk` images, each with a backward of its own that collects its gradient on the
-        sentences; the embedding network's backward then starts from there: the same gradient as
-        one backward of the sum, with the activations of one chunk (a task's samples stay together;
-        the embedding network counts demos) in memory, whatever B.
-        Returns a dict of detached scalars: loss, loss_emb, loss_U, loss_q, accuracy.
+        The control losses run in chunks of at most `chunk` images (a task's samples stay together),
+        each with a backward of its own that collects its gradient on the sentences; the embedding
+        network's backward then starts from there. That is the same gradient, with the activations of
+        one chunk in memory, however many tasks. Of the embedding network a chunk counts demos.
         """
-        c, ends_U, ends_q, images = self.settings, batch["ends_U"], batch["ends_q"], batch["images"]
+        c, images = self.settings, batch["images"]
         B, M = len(images), images.shape[2]
-        f_U, f_q = (self._embeddings(ends.flatten(0, 1), chunk).unflatten(0, ends.shape[:2]) for ends in (ends_U, ends_q))
-        s_U = sentence(f_U, c.support_mean)  # (B, E)
-        s_q = F.normalize(f_q, dim=-1) if c.normalise_queries else f_q  # (B, Q, E)
-        loss_emb, accuracy = embedding_loss(s_U, s_q, c.margin, c.negatives)
-
+        s_U, loss_emb, accuracy = self._compare(batch, chunk)
         leaf, loss_U, loss_q = s_U.detach().requires_grad_(), 0.0, 0.0
         for part in torch.arange(B).split(max(1, chunk // (2 * M))):
             at = slice(int(part[0]), int(part[-1]) + 1)
@@ -261,7 +267,46 @@ class TecNets(nn.Module):
             part_U, part_q = (len(part) / B * control_loss(prediction[:, i], actions[:, i]) for i in (0, 1))
             (c.lambda_U * part_U + c.lambda_q * part_q).backward()
             loss_U, loss_q = loss_U + part_U.detach(), loss_q + part_q.detach()
-        torch.autograd.backward([c.lambda_emb * loss_emb, s_U], [None, leaf.grad])
+        if s_U.requires_grad:  # unless the embedding network is frozen
+            torch.autograd.backward([c.lambda_emb * loss_emb, s_U], [None, leaf.grad])
         loss_emb = loss_emb.detach()
         return {"loss": c.lambda_emb * loss_emb + c.lambda_U * loss_U + c.lambda_q * loss_q,
                 "loss_emb": loss_emb, "loss_U": loss_U, "loss_q": loss_q, "accuracy": accuracy}
+
+
+# Same numbers, faster: the first convolution --------------------------------------------------
+
+def plain_first_convolution(layer, images, s=None):
+    """The first convolution of images scaled to [-1, 1], with tiled sentences where there are some.
+
+    images (..., H, W, C) uint8 -> (N, filters, h, w); with s (B, E) the images are (B, M, H, W, 3).
+    """
+    planes = images.flatten(0, -4).movedim(-1, 1).contiguous().to(layer.weight.dtype) / 127.5 - 1  # (N, C, H, W)
+    if s is not None:
+        tiled = s.repeat_interleave(images.shape[1], 0)[..., None, None].expand(-1, -1, *planes.shape[2:])  # (N, E, H, W)
+        planes = torch.cat([planes, tiled], 1)
+    return layer(planes)
+
+
+def first_convolution(layer, images, s=None):
+    """What plain_first_convolution computes, by two shortcuts.
+
+    1. x / 127.5 - 1 = (x - 127.5) / 127.5: the image is shifted, which is exact even in bfloat16, and the
+       weight is divided, which is small.
+    2. A tiled sentence is constant over the image, so the convolution's response to it is a bias. It is the
+       same everywhere but at the border, where the padding cuts the kernel: it is computed for 3 x 3 zones.
+    """
+    weight, device, size = layer.weight, images.device.type, images.shape[-2]
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    planes = (images.flatten(0, -4).to(dtype) - 127.5).movedim(-1, 1)  # (N, C, H, W), channels last in memory
+    x = F.conv2d(planes, weight[:, :planes.shape[1]] / 127.5, layer.bias, stride=2, padding=KERNEL // 2)
+    if s is None:
+        return x
+    zones = weight.new_zeros((size + 1) // 2, 3)
+    zones[0, 0] = zones[1:-1, 1] = zones[-1, 2] = 1
+    ones = weight.new_ones(1, 1, *[KERNEL + (size + 1) % 2] * 2)  # the smallest plane with all zones of this parity
+    response = F.conv2d(ones, weight[:, 3:].flatten(0, 1)[:, None], stride=2, padding=KERNEL // 2)[0]
+    response = torch.einsum("be,feij->bijf", s, response.unflatten(0, (-1, s.shape[1])))
+    response = torch.einsum("hi,bijf,wj->bhwf", zones, response, zones)[:, None]  # (B, 1, h, w, filters)
+    x = x.movedim(1, -1).unflatten(0, images.shape[:2])  # (B, M, h, w, filters)
+    return (x + response.to(x.dtype)).flatten(0, 1).movedim(-1, 1)  # (B M, filters, h, w)

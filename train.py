@@ -3,6 +3,7 @@
     python train.py --preset smoke      # everything in three minutes, to see it work
     python train.py --name ours         # our recipe; makes the data set first if there is none
     python train.py --resume --name ours
+    python train.py --init results/weights.pt --data data/mine --lr 1e-4   # fine-tune
 
 writes runs/NAME/log.jsonl, last.pt and best.pt (lowest control loss on validation tasks). An
 interrupted run goes on with `--resume` to the same numbers as an uninterrupted one.
@@ -11,7 +12,6 @@ import argparse
 import ctypes
 import io
 import json
-import os
 import signal
 import statistics
 import time
@@ -21,25 +21,28 @@ from pathlib import Path
 import torch
 
 import baselines
-import sim
 import tecnets
-from data import (Parser, TaskLoader, TaskSet, UserError, checked, choice, command, generate, locked, number, progress,
-                  read_manifest, task_path, write_atomically, write_checked)
+from common import (Parser, UserError, checked, choice, command, cores, locked, number, progress, write_atomically,
+                    write_checked)
+from data import FULL_DATA, TaskLoader, TaskSet, generate, read_manifest, task_path
 from tecnets import TecNets, control_loss, embedding_loss
 
 FORMAT = 2  # of a checkpoint
-FRAMES_PER_SECOND = 100  # that a core records, for the announcement only
+SECONDS_PER_DEMO = 1.0  # that a core needs to record one, for the announcement only
 CALIBRATION_STEPS = 12
 CHECKPOINT_SECONDS = 60
 LOG_STEPS = 50
 
-# The methods: network, its settings, and the defaults below that it changes.
+# The methods: network, its settings, the defaults below that it changes, and the options that it has no use for.
+LOSS_OPTIONS = ("margin", "lambda_emb", "lambda_U", "lambda_q", "normalise_queries", "support_mean", "negatives", "ends")
 METHODS = {
-    "tecnets": (TecNets, tecnets.Settings, {}),
-    "contextual": (baselines.Contextual, baselines.Settings, dict(batch=15, support=1, random_support=0, samples=8)),
-    "lstm": (baselines.LSTM, baselines.Settings, dict(batch=15, support=1, random_support=0, samples=8, demo_frames=10)),
+    "tecnets": (TecNets, tecnets.Settings, {}, ("demo_frames", "second_order")),
+    "contextual": (baselines.Contextual, baselines.Settings, dict(batch=15, support=1, random_support=0, samples=8),
+                   ("demo_frames", "second_order", *LOSS_OPTIONS)),
+    "lstm": (baselines.LSTM, baselines.Settings, dict(batch=15, support=1, random_support=0, samples=8, demo_frames=10),
+             ("second_order", *LOSS_OPTIONS)),
     "mil": (baselines.MIL, baselines.Settings, dict(batch=15, support=1, random_support=0, samples=20, demo_frames=20,
-                                                    bfloat16=0)),
+                                                    bfloat16=0), LOSS_OPTIONS),
 }
 # Every hyper-parameter: type, default (our recipe for two cores), help.
 OPTIONS = {
@@ -56,8 +59,8 @@ OPTIONS = {
     "query": (number(int, 1, 1000), 1, "Q, query demos a task"),
     "samples": (number(int, 1, 1000), 4, "control samples of the support and of the query set a task"),
     "early": (number(float, 1, 10), 3.0, "times of control samples are T u^early: 1 uniform (paper), more favours the start"),
-    "mirror": (number(int, 0, 1), None, "1: half of the tasks are seen in a mirror (default: unless imported)"),
-    "demo_frames": (number(int, 2, sim.HORIZON), 2, "frames of a demonstration that are read, evenly spaced; 2 for tecnets"),
+    "mirror": (number(int, 0, 1), None, "1: half of the tasks are seen in a mirror (default: where the data tell how)"),
+    "demo_frames": (number(int, 2), 2, "frames of a demonstration that lstm and mil read, evenly spaced"),
     "chunk": (number(int, 1), 256, "images a backward pass holds in memory"),
     "lr": (number(float, 0, 1), 1e-3, "Adam's learning rate, the peak of the schedule"),
     "schedule": (choice("one-cycle", "constant"), "one-cycle", "of the learning rate: one-cycle or constant"),
@@ -79,7 +82,6 @@ OPTIONS = {
     "device": (choice("cpu", "cuda"), "cpu", "cpu or cuda"),
 }
 DEFAULTS = {name: default for name, (_, default, _) in OPTIONS.items()}
-FULL_DATA = {"tasks": {"train": 693, "val": 76, "test": 74}, "demos": 12, "seed": 0}  # the benchmark's
 SMOKE_DATA = {"tasks": {"train": 16, "val": 4, "test": 4}, "demos": 6, "seed": 0}
 PRESETS = {
     "ours": {},
@@ -91,18 +93,19 @@ PRESETS = {
 
 
 def parse(argv=None):
-    """(the run's folder, preset, whether to resume, the options that were given)."""
+    """(the run's folder, preset, whether to resume, the checkpoint to start from, the options that were given)."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                     argument_default=argparse.SUPPRESS)
     parser.add_argument("--preset", choices=PRESETS, default="ours", help="changes the defaults below")
     parser.add_argument("--name", default=None, help="of the run's folder in runs/, the method's or the preset's by default")
     parser.add_argument("--resume", action="store_true", default=False, help="go on with an interrupted run")
+    parser.add_argument("--init", metavar="CHECKPOINT", default=None, help="start from the weights of a checkpoint: fine-tuning")
     for name, (kind, default, text) in OPTIONS.items():
         text += f" (default: {default})" if default is not None else ""
         parser.add_argument("--" + name.replace("_", "-"), dest=name, type=kind, help=text)
     given = vars(parser.parse_args(argv))
-    preset, name, resume = (given.pop(key) for key in ("preset", "name", "resume"))
-    return Path("runs") / (name or given.get("method", preset)), preset, resume, given
+    preset, name, resume, init = (given.pop(key) for key in ("preset", "name", "resume", "init"))
+    return Path("runs") / (name or given.get("method", preset)), preset, resume, init, given
 
 
 def keep_freed_memory():
@@ -140,7 +143,7 @@ def load_model(path, device="cpu", content=None):
     """(the network in evaluation mode, the checkpoint's dict)."""
     checkpoint = load_checkpoint(path, device, content)
     try:
-        network, settings, _ = METHODS[checkpoint["options"]["method"]]
+        network, settings, *_ = METHODS[checkpoint["options"]["method"]]
         model = network(settings(**checkpoint["settings"])).to(device)
         model.load_state_dict(checkpoint["model"])
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):
@@ -150,7 +153,7 @@ def load_model(path, device="cpu", content=None):
 
 def to_tensors(batch, device):
     return {name: torch.from_numpy(batch[name]).to(device, non_blocking=True)
-            for name in ("ends_U", "ends_q", "images", "states", "actions")}
+            for name in ("frames_U", "frames_q", "images", "states", "actions")}
 
 
 def open_data(options):
@@ -164,9 +167,8 @@ def open_data(options):
         tasks = {**manifest["tasks"], **{split: count for split, count in counts.items() if count}}
     missing = sum(not task_path(folder, split, index).exists() for split in tasks for index in range(tasks[split]))
     if missing and manifest["seed"] is not None:
-        minutes = missing * manifest["demos"] * sim.HORIZON / FRAMES_PER_SECOND / os.cpu_count() / 60
-        print(f"making {missing} tasks of the data set {folder}: about {minutes:.1f} min on {os.cpu_count()} cores",
-              flush=True)
+        minutes = missing * manifest["demos"] * SECONDS_PER_DEMO / cores() / 60
+        print(f"making {missing} tasks of the data set {folder}: about {minutes:.1f} min on {cores()} cores", flush=True)
         generate(folder, tasks, manifest["demos"], manifest["seed"])
     return [TaskSet(folder, split, count) for split, count in counts.items()]
 
@@ -177,11 +179,11 @@ def validate(model, loader, options):
     rows = []
     for position in range(options["validation_batches"]):
         batch = to_tensors(loader.batch(position), options["device"])
-        s_U = model.embed(batch["ends_U"])
+        s_U = model.embed(batch["frames_U"])
         prediction = model.predict(batch["images"][:, 1], batch["states"][:, 1], s_U)
         rows.append({"val_loss_q": control_loss(prediction, batch["actions"][:, 1]).item()})
         if options["method"] == "tecnets":
-            s_q = model.embed(batch["ends_q"][:, :, None])
+            s_q = model.embed(batch["frames_q"][:, :, None])
             rows[-1]["val_accuracy"] = embedding_loss(s_U, s_q, negatives=model.settings.negatives)[1].item()
     return {name: statistics.mean(row[name] for row in rows) for name in rows[0]}
 
@@ -189,39 +191,57 @@ def validate(model, loader, options):
 class Run:
     """One training run: the model and everything that a resumed run needs to go on as the same run."""
 
-    def __init__(self, folder, options, task_set, val_set, checkpoint=None):
-        made_of = {name: value for name, value in task_set.manifest.items() if name != "tasks"}
-        if checkpoint and checkpoint["made_of"] != made_of:
+    def __init__(self, folder, options, task_set, val_set, checkpoint=None, init=None):
+        self.folder = folder
+        self.manifest = {name: value for name, value in task_set.manifest.items() if name != "tasks"}
+        if checkpoint and checkpoint["manifest"] != self.manifest:
             raise UserError(f"{options['data']} is not the data set that {folder} was started with: bring that one back")
-        self.folder, self.made_of = folder, made_of
-        imported = task_set.manifest["seed"] is None
-        if imported and options["mirror"]:
-            raise UserError("--mirror 1 is for this simulator's arm, not for imported data: leave it out")
-        mirror = not imported if options["mirror"] is None else options["mirror"]
-        self.options = options = {**options, "tasks": task_set.n_tasks, "val_tasks": val_set.n_tasks, "mirror": int(mirror)}
-        torch.manual_seed(options["seed"])
-        network, settings, _ = METHODS[options["method"]]
-        settings = settings(image_size=task_set.frame_shape[0],
-                            **{field.name: options[field.name] for field in fields(settings) if field.name in options})
-        self.model = network(settings, *task_set.state_statistics()).to(options["device"])
-        self.model.bfloat16 = bool(options["bfloat16"])
-        self.optimiser = torch.optim.Adam(self.model.parameters(), lr=options["lr"])
-        sizes = [options[name] for name in ("support", "query", "samples")]
-        self.loader = TaskLoader(task_set, options["batch"], *sizes, options["seed"], options["early"],
-                                 bool(options["random_support"]), bool(mirror), options["demo_frames"])
-        self.val_loader = TaskLoader(val_set, min(options["batch"], val_set.n_tasks), 1, *sizes[1:], seed=0,  # one shot
-                                     demo_frames=options["demo_frames"])
-        self.step, self.seconds, self.best, self.log, self.terms = 0, 0.0, float("inf"), [], []
+        mirror = int(task_set.mirror is not None) if options["mirror"] is None else options["mirror"]
+        self.options = {**options, "tasks": task_set.n_tasks, "val_tasks": val_set.n_tasks, "mirror": mirror}
+        self.step, self.seconds, self.best, self.log, self.recent_losses = 0, 0.0, float("inf"), [], []
+        self.build_model(task_set, init)
+        self.build_loaders(task_set, val_set)
         self.steps = checkpoint["steps"] if checkpoint else options["steps"] or self.calibrate()
-        if options["schedule"] == "constant":
-            self.scheduler = torch.optim.lr_scheduler.ConstantLR(self.optimiser, factor=1)
-        else:
-            self.scheduler = torch.optim.lr_scheduler.OneCycleLR(
-                self.optimiser, options["lr"], total_steps=self.steps + 1, pct_start=0.1, cycle_momentum=False)
+        self.build_scheduler()
         if checkpoint:
             self.load(checkpoint)
         else:
             self.save("last.pt")
+
+    def build_model(self, task_set, init):
+        """The network and its optimiser; `init`, what load_model returned, gives its weights and state statistics."""
+        options = self.options
+        torch.manual_seed(options["seed"])
+        network, settings, *_ = METHODS[options["method"]]
+        chosen = {field.name: options[field.name] for field in fields(settings) if field.name in options}
+        sizes = {"image_size": task_set.frame_shape[0], **{name: self.manifest[name] for name in ("state_dim", "action_dim")}}
+        self.model = network(settings(**sizes, **chosen), *task_set.state_statistics()).to(options["device"])
+        self.model.use_bfloat16 = bool(options["bfloat16"])
+        if init:
+            given, content = init
+            shapes = [{name: value.shape for name, value in model.state_dict().items()} for model in (self.model, given)]
+            if content["options"]["method"] != options["method"] or shapes[0] != shapes[1]:
+                raise UserError(f"{options['init']} is of another method, or of other sizes than {options['data']}: "
+                                "--init needs weights of the same")
+            self.model.load_state_dict(given.state_dict())
+        self.optimiser = torch.optim.Adam(self.model.parameters(), lr=options["lr"])
+
+    def build_loaders(self, task_set, val_set):
+        options = self.options
+        if options["demo_frames"] > task_set.horizon:
+            raise UserError(f"--demo-frames {options['demo_frames']}: a demonstration has {task_set.horizon} frames")
+        sizes = [options[name] for name in ("support", "query", "samples")]
+        self.loader = TaskLoader(task_set, options["batch"], *sizes, options["seed"], options["early"],
+                                 bool(options["random_support"]), bool(options["mirror"]), options["demo_frames"])
+        self.val_loader = TaskLoader(val_set, min(options["batch"], val_set.n_tasks), 1, *sizes[1:], seed=0,  # one shot
+                                     demo_frames=options["demo_frames"])
+
+    def build_scheduler(self):
+        if self.options["schedule"] == "constant":
+            self.scheduler = torch.optim.lr_scheduler.ConstantLR(self.optimiser, factor=1)
+        else:
+            self.scheduler = torch.optim.lr_scheduler.OneCycleLR(
+                self.optimiser, self.options["lr"], total_steps=self.steps + 1, pct_start=0.1, cycle_momentum=False)
 
     def calibrate(self):
         """The number of steps that fit into --minutes, from the pace of a few that change nothing."""
@@ -238,9 +258,9 @@ class Run:
         return max(10, int(self.options["minutes"] * 60 / pace))
 
     def save(self, name):
-        state = {"format": FORMAT, "options": self.options, "made_of": self.made_of, "settings": vars(self.model.settings),
+        state = {"format": FORMAT, "options": self.options, "manifest": self.manifest, "settings": vars(self.model.settings),
                  "step": self.step, "steps": self.steps, "seconds": self.seconds, "best": self.best, "log": self.log,
-                 "terms": self.terms, "generator": torch.get_rng_state(),
+                 "recent_losses": self.recent_losses, "generator": torch.get_rng_state(),
                  **{name: getattr(self, name).state_dict() for name in ("model", "optimiser", "scheduler", "loader")}}
         write_checked(self.folder / name, lambda file: torch.save(state, file))
         lines = "".join(json.dumps(row) + "\n" for row in self.log)
@@ -248,7 +268,7 @@ class Run:
 
     def load(self, state):
         self.step, self.seconds, self.best = state["step"], state["seconds"], state["best"]
-        self.log, self.terms = state["log"], state["terms"]
+        self.log, self.recent_losses = state["log"], state["recent_losses"]
         for name in ("model", "optimiser", "scheduler", "loader"):
             getattr(self, name).load_state_dict(state[name])
         torch.set_rng_state(state["generator"].cpu())
@@ -267,10 +287,10 @@ class Run:
             self.scheduler.step()
             self.step += 1
             self.seconds = time.monotonic() - began
-            self.terms.append([losses[name].item() for name in losses])
+            self.recent_losses.append([losses[name].item() for name in losses])
             if self.step % LOG_STEPS == 0 or self.step == self.steps:
-                means = torch.tensor(self.terms).mean(0).tolist()
-                self.terms.clear()
+                means = torch.tensor(self.recent_losses).mean(0).tolist()
+                self.recent_losses.clear()
                 self.log.append({"step": self.step, **dict(zip(losses, means)), "lr": self.scheduler.get_last_lr()[0],
                                  "seconds": round(self.seconds, 1)})
                 self.show()
@@ -289,12 +309,12 @@ class Run:
     def show(self):
         row = self.log[-1]
         pace = self.step / self.seconds
-        terms = "  ".join(f"{name} {row[name]:.4f}" for name in ("loss_q", "loss_emb", "accuracy") if name in row)
-        progress(f"step {self.step}/{self.steps}  {pace:.2f}/s  {terms}  best val {self.best:.4f}  "
+        values = "  ".join(f"{name} {row[name]:.4f}" for name in ("loss_q", "loss_emb", "accuracy") if name in row)
+        progress(f"step {self.step}/{self.steps}  {pace:.2f}/s  {values}  best val {self.best:.4f}  "
                  f"{(self.steps - self.step) / pace / 60:.1f} min left", end=self.step == self.steps)
 
 
-def settle(preset, given):
+def choose_options(preset, given):
     """All options of a new run: the defaults, changed by the preset, by the method, and by what is given."""
     if "minutes" in given and "steps" in given:
         raise UserError("give --minutes or --steps, not both")
@@ -302,17 +322,21 @@ def settle(preset, given):
     if "minutes" in given:
         preset_options["steps"] = None
     method = given.get("method", "tecnets")
-    options = {**DEFAULTS, **preset_options, **METHODS[method][2], **given}
-    if method == "tecnets" and options["demo_frames"] != 2:
-        raise UserError("tecnets embeds the first and the last frame: leave --demo-frames out")
+    _, _, changed, unused = METHODS[method]
+    for name in given:
+        if name in unused:
+            raise UserError(f"{method} has no use for --{name.replace('_', '-')}: leave it out")
+    options = {**DEFAULTS, **preset_options, **changed, **given}
     if options["bfloat16"] is None:
         options["bfloat16"] = int(has_bfloat16(options["device"]))
     return {"preset": preset, **options}
 
 
-def start(folder, preset, resume, given):
+def start(folder, preset, resume, init, given):
     """The new or resumed run of a folder. Raises UserError if it cannot be started."""
     if resume:
+        if init:
+            raise UserError("a resumed run goes on from its own weights: leave --init out")
         checkpoint = load_checkpoint(folder / "last.pt")
         if "optimiser" not in checkpoint:
             raise UserError(f"{folder}/last.pt holds weights only and cannot be resumed: start another --name")
@@ -325,10 +349,11 @@ def start(folder, preset, resume, given):
     else:
         if (folder / "last.pt").exists():
             raise UserError(f"{folder} holds a run: go on with --resume, choose another --name, or delete it")
-        checkpoint, options = None, settle(preset, given)
+        checkpoint, options = None, {**choose_options(preset, given), "init": init}
     if options["device"] == "cuda" and not torch.cuda.is_available():
         raise UserError("no cuda device here: choose --device cpu")
-    return Run(folder, options, *open_data(options), checkpoint)
+    init = load_model(init, options["device"]) if init else None
+    return Run(folder, options, *open_data(options), checkpoint, init)
 
 
 def main():
@@ -338,7 +363,7 @@ def main():
         run = start(folder, *arguments)
         signals = []
         for name in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(name, lambda number_, _: signals.append(number_))
+            signal.signal(name, lambda signal_number, _: signals.append(signal_number))
         print(f"{folder}: step {run.step} of {run.steps}, {run.options['tasks']} training tasks, "
               f"{run.options['batch']} a step", flush=True)
         run.train(stop=lambda: bool(signals))
