@@ -125,7 +125,7 @@ def peak(tasks):
 
 
 def memory(data):
-    (small,), (large,) = (parallel(peak, [tasks], workers=1) for tasks in (B, 8 * B))
+    (small,), (large,) = (parallel(peak, [(tasks,)], workers=1) for tasks in (B, 8 * B))
     return {f"bytes, B = {B}": small, f"bytes, B = {8 * B}": large, "ratio": large / small}
 
 

@@ -10,9 +10,12 @@ import os
 import signal
 import sys
 import threading
+import zipfile
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+
+import numpy as np
 
 TEMPORARY = ".unfinished"  # ends the names of files that are being written
 
@@ -84,7 +87,7 @@ def cores():
 
 
 def parallel(function, jobs, workers, initializer=None, initargs=()):
-    """Yield `function(job)` for all jobs as they finish, in fresh processes that end with this one.
+    """Yield `function(*job)` for all jobs as they finish, in fresh processes that end with this one.
 
     Raises UserError if a process dies, as it does for lack of memory.
     """
@@ -93,7 +96,7 @@ def parallel(function, jobs, workers, initializer=None, initargs=()):
     pool = ProcessPoolExecutor(max(1, min(workers, len(jobs))), context, _start_worker, (initializer, initargs))
     try:
         interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C reaches all, this process decides
-        futures = [pool.submit(function, job) for job in jobs]
+        futures = [pool.submit(function, *job) for job in jobs]
         signal.signal(signal.SIGINT, interrupt)
         for future in as_completed(futures):
             yield future.result()
@@ -162,3 +165,18 @@ def checked(content):
     if hashlib.sha256(content[:-32]).digest() != content[-32:]:
         raise ValueError("checksum")
     return content[:-32]
+
+
+class WrongArray(Exception):
+    """An intact array that has another shape or type than the manifest says."""
+
+
+def read_array(archive, name, shape, dtype):
+    """An array of an npz archive; no memory is taken unless its header promises this shape and type."""
+    if archive.getinfo(name + ".npy").compress_type != zipfile.ZIP_STORED:
+        raise ValueError("compressed")
+    with archive.open(name + ".npy") as file:
+        np.lib.format.read_magic(file)
+        if (found := np.lib.format.read_array_header_1_0(file)) != (shape, False, np.dtype(dtype)):
+            raise WrongArray(f"{name} is {found[2]} of shape {found[0]}, not {np.dtype(dtype)} of {shape}")
+        return np.frombuffer(file.read(), dtype).reshape(shape)

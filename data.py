@@ -8,6 +8,7 @@ finished by the same command; a larger `--train` adds tasks. The bytes depend on
 """
 import argparse
 import collections
+import functools
 import hashlib
 import io
 import json
@@ -20,8 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-from common import (Parser, UserError, checked, command, cores, locked, number, parallel, progress, remove_stale,
-                    write_atomically, write_checked)
+from common import (Parser, UserError, WrongArray, checked, command, cores, locked, number, parallel, progress, read_array,
+                    remove_stale, write_atomically, write_checked)
 
 # The simulator is imported where demonstrations are recorded: to read a data set takes no PyBullet.
 
@@ -64,13 +65,11 @@ def record_demo(env, task, demo_number, seed):
     raise RuntimeError(f"the expert failed {ATTEMPTS} times on {task}")
 
 
-def _record_task(job):
+def _record_task(folder, demos, seed, split, index):
     import sim
-    folder, split, index, demos, seed = job
     env = sim.PushEnv()
     write_task(folder, split, index, [record_demo(env, sim.make_task(split, index), i, seed) for i in range(demos)])
     env.close()
-    return split, index
 
 
 def generate(folder, counts, demos, seed, workers=None):
@@ -81,7 +80,7 @@ def generate(folder, counts, demos, seed, workers=None):
     import sim
     manifest = dict(version=VERSION, seed=seed, demos=demos, noise=NOISE, horizon=sim.HORIZON, image_size=sim.IMAGE_SIZE,
                     state_dim=sim.STATE_DIM, action_dim=sim.ACTION_DIM, mirror=sim.MIRROR, tasks=counts)
-    make_tasks(Path(folder), manifest, _record_task, lambda split, index: (folder, split, index, demos, seed), workers)
+    make_tasks(Path(folder), manifest, functools.partial(_record_task, folder, demos, seed), workers)
 
 
 # Writing --------------------------------------------------------------------------------------
@@ -92,49 +91,43 @@ def write_data_set(folder, tasks, mirror=None):
     `tasks` maps the splits "train" and "val" to their tasks. A task is a list of demonstrations, a
     demonstration a dict of `frames` (T, H, H, 3) uint8, `states` (T, S) and `actions` (T, A), as
     record_demo returns it. All demonstrations have equal sizes, all tasks equally many. `mirror`
-    tells what a state and an action become when a scene is seen in a mirror: a dict of `states` (S,)
-    and `actions` (A,), signs of 1 or -1; without it batches cannot be mirrored.
+    is a dict of `states` (S,) and `actions` (A,), by which a scene that is seen in a mirror multiplies
+    them, 1 or -1; without it batches cannot be mirrored.
     Raises ValueError for other shapes, types or values and UserError if the folder holds a data set.
     """
-    folder, every = Path(folder), [demo for split in tasks.values() for task in split for demo in task]
     if not (tasks.get("train") and tasks.get("val")):
         raise ValueError("a data set needs tasks in the splits train and val")
-    arrays = [{name: np.asarray(demo[name], dtype) for name, dtype in (("states", np.float32), ("actions", np.float32))}
-              | {"frames": np.asarray(demo["frames"])} for demo in every]
-    horizon, size = arrays[0]["frames"].shape[:2]
-    demos, state_dim, action_dim = len(tasks["train"][0]), arrays[0]["states"].shape[-1], arrays[0]["actions"].shape[-1]
-    shapes = {"frames": (horizon, size, size, 3), "states": (horizon, state_dim), "actions": (horizon, action_dim)}
-    for demo in arrays:
-        if {name: array.shape for name, array in demo.items()} != {name: shapes[name] for name in demo}:
-            raise ValueError(f"a demonstration has the shapes {({name: array.shape for name, array in demo.items()})}, "
-                             f"the first one asks for {shapes}")
-        if demo["frames"].dtype != np.uint8 or not all(np.isfinite(demo[name]).all() for name in ("states", "actions")):
-            raise ValueError("frames must be uint8, states and actions finite")
+    folder, first = Path(folder), tasks["train"][0][0]
+    T, H = first["frames"].shape[:2]
+    shapes = {"frames": (T, H, H, 3), **{name: (T, np.shape(first[name])[-1]) for name in ("states", "actions")}}
+    for name, shape in shapes.items():
+        for array in (np.asarray(demo[name]) for split in tasks.values() for task in split for demo in task):
+            if array.shape != shape or not np.isfinite(array).all() or (name == "frames" and array.dtype != np.uint8):
+                raise ValueError(f"{name} must be finite{', uint8' * (name == 'frames')} and of shape {shape}, as the first are, "
+                                 f"not {array.dtype} of shape {array.shape}")
+        if mirror and name != "frames" and np.shape(mirror[name]) != shape[1:]:
+            raise ValueError(f"mirror needs {shape[1]} signs of {name}")
+    demos = len(tasks["train"][0])
     if any(len(task) != demos for split in tasks.values() for task in split):
         raise ValueError("all tasks need equally many demonstrations")
-    if mirror is not None:
-        mirror = {name: [float(sign) for sign in mirror[name]] for name in ("states", "actions")}
-        if (len(mirror["states"]), len(mirror["actions"])) != (state_dim, action_dim):
-            raise ValueError(f"mirror needs {state_dim} signs of states and {action_dim} of actions")
     with locked(folder):
         if (folder / "manifest.json").exists():
             raise UserError(f"{folder} holds a data set: choose another folder, or delete it")
-        rest, digest = iter(arrays), hashlib.sha256()
-        for split in tasks:
+        digest = hashlib.sha256()
+        for split, index in ((split, index) for split in tasks for index in range(len(tasks[split]))):
             (folder / split).mkdir(exist_ok=True)
-            for index in range(len(tasks[split])):
-                write_task(folder, split, index, [next(rest) for _ in range(demos)])
-                digest.update(task_path(folder, split, index).read_bytes())
+            write_task(folder, split, index, tasks[split][index])
+            digest.update(task_path(folder, split, index).read_bytes())
         write_manifest(folder, dict(
-            version=VERSION, seed=None, demos=demos, noise=None, horizon=horizon, image_size=size, state_dim=state_dim,
-            action_dim=action_dim, mirror=mirror, tasks={split: len(tasks[split]) for split in tasks}, source=digest.hexdigest()))
+            version=VERSION, seed=None, demos=demos, noise=None, horizon=T, image_size=H, state_dim=shapes["states"][1],
+            action_dim=shapes["actions"][1], mirror=mirror and {name: np.float64(mirror[name]).tolist() for name in mirror},
+            tasks={split: len(tasks[split]) for split in tasks}, source=digest.hexdigest()))
 
 
 def write_task(folder, split, index, demos):
     """Write one task's file; `demos` is a list of dicts as record_demo returns them."""
     frames = [zlib.compress(frame.tobytes(), 1) for demo in demos for frame in demo["frames"]]
-    arrays = {"states": np.stack([demo["states"] for demo in demos]),
-              "actions": np.stack([demo["actions"] for demo in demos]),
+    arrays = {**{name: np.array([demo[name] for demo in demos], np.float32) for name in ("states", "actions")},
               "frames": np.frombuffer(b"".join(frames), np.uint8),
               "offsets": np.cumsum([0] + [len(frame) for frame in frames])}
     write_checked(task_path(folder, split, index), lambda file: np.savez(file, **arrays))
@@ -149,8 +142,8 @@ def task_path(folder, split, index):
     return Path(folder) / split / f"{index:05d}.npz"
 
 
-def make_tasks(folder, manifest, write, job, workers):
-    """Call `write(job(split, index))` in parallel for the manifest's tasks that are not there yet.
+def make_tasks(folder, manifest, write, workers):
+    """Call `write(split, index)` in parallel for the manifest's tasks that are not there yet.
 
     A manifest that is there must have the same settings; the new one has the larger number of tasks.
     """
@@ -165,12 +158,12 @@ def make_tasks(folder, manifest, write, job, workers):
         write_manifest(folder, {**manifest, "tasks": tasks})
         for split in counts:
             remove_stale(folder / split)
-        jobs = [job(split, index) for split in counts for index in range(counts[split])
+        jobs = [(split, index) for split in counts for index in range(counts[split])
                 if not task_path(folder, split, index).exists()]
         start = time.monotonic()
-        for done, (split, index) in enumerate(parallel(write, jobs, workers or cores()), 1):
+        for done, _ in enumerate(parallel(write, jobs, workers or cores()), 1):
             seconds = time.monotonic() - start
-            progress(f"{split} {index}: {done}/{len(jobs)} tasks, "
+            progress(f"{done}/{len(jobs)} tasks, "
                      f"{done * manifest['demos'] * manifest['horizon'] / seconds:.0f} frames/s, "
                      f"{seconds / done * (len(jobs) - done) / 60:.1f} min left", end=done == len(jobs))
 
@@ -247,8 +240,8 @@ class TaskSet:
         self.ends = np.empty((count, self.n_demos, 2, *self.frame_shape), np.uint8)
         for task in range(count):
             for demo in range(self.n_demos):
-                for end, time in enumerate(evenly_spaced(self.horizon, 2)):
-                    self.ends[task, demo, end] = self.frame(task, demo, time)
+                for end, at in enumerate(evenly_spaced(self.horizon, 2)):
+                    self.ends[task, demo, end] = self.frame(task, demo, at)
 
     def _read(self, path):
         """A task's arrays, checked: `states`, `actions`, `offsets`, `frames`."""
@@ -260,11 +253,11 @@ class TaskSet:
         try:
             content = checked(path.read_bytes())
             with zipfile.ZipFile(io.BytesIO(content)) as archive:
-                arrays = {name: _read_array(archive, name, *shapes[name]) for name in shapes}
-                arrays["frames"] = _read_array(archive, "frames", (int(arrays["offsets"][-1]),), "|u1")
+                arrays = {name: read_array(archive, name, *shapes[name]) for name in shapes}
+                arrays["frames"] = read_array(archive, "frames", (int(arrays["offsets"][-1]),), "|u1")
         except FileNotFoundError:
             raise UserError(f"{path} is missing: finish the data set by {remedy}")
-        except ShapeError as error:
+        except WrongArray as error:
             raise UserError(f"{path}: {error}, unlike the manifest's: it belongs to another data set; delete it and run {remedy}")
         except (ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile):
             raise UserError(f"{path} is damaged: delete it and run {remedy}")
@@ -292,21 +285,6 @@ class TaskSet:
         """Mean and standard deviation (S,) of the states, the latter at least STATE_STD_FLOOR."""
         states = self.states.reshape(-1, self.states.shape[-1]).astype(np.float64)
         return states.mean(0).astype(np.float32), np.maximum(states.std(0), STATE_STD_FLOOR).astype(np.float32)
-
-
-class ShapeError(Exception):
-    """An intact array that has another shape or type than the manifest says."""
-
-
-def _read_array(archive, name, shape, dtype):
-    """An array of an npz archive; no memory is taken unless its header promises this shape and type."""
-    if archive.getinfo(name + ".npy").compress_type != zipfile.ZIP_STORED:
-        raise ValueError("compressed")
-    with archive.open(name + ".npy") as file:
-        np.lib.format.read_magic(file)
-        if (found := np.lib.format.read_array_header_1_0(file)) != (shape, False, np.dtype(dtype)):
-            raise ShapeError(f"{name} is {found[2]} of shape {found[0]}, not {np.dtype(dtype)} of {shape}")
-        return np.frombuffer(file.read(), dtype).reshape(shape)
 
 
 class TaskLoader:
@@ -385,13 +363,6 @@ class TaskLoader:
         self._queue.clear()
 
 
-def report(folder):
-    """Say what a data set holds."""
-    paths = list(Path(folder).glob("*/*.npz"))
-    counts = " + ".join(str(sum(path.parent.name == split for path in paths)) for split in FULL_DATA["tasks"])
-    print(f"{folder}: {counts} tasks, {sum(path.stat().st_size for path in paths) / 1e9:.2f} GB")
-
-
 def main():
     parser = Parser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", required=True, help="folder of the data set")
@@ -401,9 +372,8 @@ def main():
     parser.add_argument("--workers", type=number(int, 1), default=cores(), help="processes")
     parser.add_argument("--seed", type=number(int, 0), default=FULL_DATA["seed"], help="seed of all demonstrations")
     args = parser.parse_args()
-    counts = {"test": args.test, "val": args.val, "train": args.train}
-    generate(args.out, counts, args.demos, args.seed, args.workers)
-    report(args.out)
+    generate(args.out, {"test": args.test, "val": args.val, "train": args.train}, args.demos, args.seed, args.workers)
+    print(f"{args.out}: {read_manifest(args.out)['tasks']} tasks")
 
 
 if __name__ == "__main__":

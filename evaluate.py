@@ -110,9 +110,8 @@ def _load_network(checkpoint):
     return model, content["options"]["demo_frames"]
 
 
-def _run_task(job):
+def _run_task(policy_name, split, index, trials, shots, seed, demos, demo_seed, films, film_failures, out):
     """The trials of one task with one number of shots: rows, each also appended to the record."""
-    policy_name, split, index, trials, shots, seed, demos, demo_seed, films, film_failures, out = job
     task = sim.make_task(split, index)
     env = sim.PushEnv(render=policy_name not in ("expert", "random") or films or film_failures)
     demos = [record_demo(env, task, demo, demo_seed) if isinstance(demo, int) else demo for demo in demos]

@@ -7,6 +7,7 @@ The data of github.com/tianheyu927/mil (Finn et al., CoRL 2017) hold for every t
 of a training task and `I.pkl` of a test task, beside its GIFs `object_I/condJ.samp0.gif`.
 """
 import argparse
+import functools
 import itertools
 import pickle
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageSequence
 
 from common import Parser, UserError, command, cores, number
-from data import FULL_DATA, VERSION, digest_of, make_tasks, report, write_task
+from data import FULL_DATA, VERSION, digest_of, make_tasks, read_manifest, write_task
 
 HORIZON, IMAGE_SIZE, STATE_DIM, ACTION_DIM = 100, 125, 20, 7
 MIL_DEMOS = range(6, 18)  # of 24: those that the papers use, the target on either side
@@ -39,11 +40,11 @@ def import_mil(source, folder, val, workers=None):
     manifest = dict(version=VERSION, seed=None, demos=len(MIL_DEMOS), noise=None, horizon=HORIZON, image_size=IMAGE_SIZE,
                     state_dim=STATE_DIM, action_dim=ACTION_DIM, mirror=None, tasks={split: len(paths[split]) for split in paths},
                     source=digest_of({split: [path.name for path in paths[split]] for split in paths}))
-    make_tasks(Path(folder), manifest, _import_task, lambda split, index: (folder, split, index, paths[split][index]), workers)
+    make_tasks(Path(folder), manifest, functools.partial(_import_task, folder, paths), workers)
 
 
-def _import_task(job):
-    folder, split, index, path = job
+def _import_task(folder, paths, split, index):
+    path = paths[split][index]
     try:
         with open(path, "rb") as file:
             content = _ArraysUnpickler(file, encoding="latin1").load()
@@ -57,7 +58,6 @@ def _import_task(job):
     gifs = path.parent / f"object_{path.stem.removeprefix('demos_')}"
     write_task(folder, split, index, [{"states": arrays["demoX"][i], "actions": arrays["demoU"][i],
                                         "frames": _read_gif(gifs / f"cond{i}.samp0.gif")} for i in MIL_DEMOS])
-    return split, index
 
 
 class _Dtype:
@@ -122,7 +122,7 @@ def main():
     parser.add_argument("--workers", type=number(int, 1), default=cores(), help="processes")
     args = parser.parse_args()
     import_mil(args.folder, args.out, args.val, args.workers)
-    report(args.out)
+    print(f"{args.out}: {read_manifest(args.out)['tasks']} tasks")
 
 
 if __name__ == "__main__":

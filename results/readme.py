@@ -1,10 +1,12 @@
-"""Fill the tables of README.md, and draw the learning curves, from the files beside this one.
+"""Fill the tables of README.md and results/README.md, and draw the learning curves, from the files beside this one.
 
     python results/readme.py
 
-Directories: seedN holds a run of the recipe (log.jsonl and an evaluation a directory), fast a short one, paper as short
-a one of the paper's recipe; methods/NAME and ablations/NAME hold an evaluation each. A table stands between
-`<!-- NAME -->` and `<!-- end -->`.
+Every stored rate and interval is first computed again from its trial rows; a figure that differs stops the program.
+
+Directories: seedN holds a run of our recipe, with its log.jsonl and a folder for each evaluation; fast is a short run of
+our recipe and paper one of the paper's; methods/NAME and ablations/NAME hold one evaluation each. A table stands
+between `<!-- NAME -->` and `<!-- end -->`.
 """
 import json
 import math
@@ -14,10 +16,11 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 SEEDS = sorted(HERE.glob("seed*"))
 sys.path.insert(0, str(HERE.parent))
-from data import write_atomically
+from common import write_atomically
+from evaluate import summary
 
 PUBLISHED = {"random": "0.45", "lstm": "34.23 / 31.98", "contextual": "56.98 / 59.01", "mil": "66.44 / 70.50",
              "tecnets": "77.25 / 80.86 (unverified)"}
@@ -27,8 +30,19 @@ MEASURES = {"final distance < 0.05 m": "strict_success_rate", "distractor moved 
 
 
 def load(folder):
-    """The report of an evaluation."""
-    return json.loads((folder / "results.json").read_text())
+    """The report of an evaluation, its figures checked against its rows."""
+    path = folder / "results.json"
+    report = json.loads(path.read_text())
+    for result in report["results"]:
+        rows = result["trials"]
+        trials = {(row["task"], row["trial"]) for row in rows}
+        if len(trials) < len(rows):
+            raise SystemExit(f"{path}: a trial stands in more than one row at {result['shots']} shots")
+        again = summary(result["policy"], result["split"], result["shots"], result["seed"], rows, result["seconds"])
+        for name in set(again) - {"trials"}:
+            if again[name] != result[name]:
+                raise SystemExit(f"{path}: {name} at {result['shots']} shots is {result[name]}, its rows give {again[name]}")
+    return report
 
 
 def percent(result):
@@ -60,16 +74,16 @@ def over_seeds(values):
 
 
 def results(seeds):
-    rows = [("policy", "published, 1 / 5 shots", "here, 1 shot", "here, 5 shots")]
+    rows = [("policy", "published, 1 / 5 shots", "here, 1 shot", "here, 5 shots", "trials a figure")]
     for policy in ("random", "tecnets", "no-demo", "expert"):
-        cells = ["", ""]
         if policy == "tecnets":
-            cells = ["**" + over_seeds([load(seed / "test")["results"][i]["success_rate"] for seed in seeds]) + "**" for i in (0, 1)]
-        elif policy == "no-demo":
-            cells[0] = over_seeds([load(seed / policy)["results"][0]["success_rate"] for seed in seeds if (seed / policy).exists()])
+            reports = [load(seed / "test")["results"] for seed in seeds]
+            cells = ["**" + over_seeds([report[i]["success_rate"] for report in reports]) + "**" for i in (0, 1)]
+            trials = f"{len(seeds)} seeds x {reports[0][0]['n_trials']}"
         else:
-            cells[0] = percent(load(seeds[0] / policy)["results"][0])
-        rows.append((NAMES[policy], PUBLISHED.get(policy, ""), *cells))
+            result = load(seeds[0] / policy)["results"][0]
+            cells, trials = [percent(result), ""], str(result["n_trials"])
+        rows.append((NAMES[policy], PUBLISHED.get(policy, ""), *cells, trials))
     return grid(*rows)
 
 
@@ -106,12 +120,17 @@ def methods(folders):
 
 
 def ablations(folders):
-    """One-shot evaluations; a folder is named after its option and value, or `reference`."""
+    """One-shot evaluations; a row is named after the training options that differ from those of `reference`."""
     rows = [("", "success [95 % interval]", *MEASURES, "steps", "training")]
+    recipe = load(HERE / "ablations" / "reference")["network"]["options"]
     for folder in sorted(folders, key=lambda folder: folder.name != "reference"):
         report = load(folder)
-        option, _, value = folder.name.rpartition("_")
-        name = f"`--{option.replace('_', '-')} {value}`" if option else "our recipe"
+        options = report["network"]["options"]
+        changed = [f"--{name.replace('_', '-')} {value:g}" if isinstance(value, float) else f"--{name.replace('_', '-')} {value}"
+                   for name, value in options.items() if value != recipe.get(name)]
+        if bool(changed) == (folder.name == "reference"):
+            raise SystemExit(f"{folder}: its training options differ from those of `reference` by {changed or 'nothing'}")
+        name = f"`{' '.join(changed)}`" if changed else "our recipe"
         rows.append((name, percent(report["results"][0]), *measures(report["results"][0]), *length(report["network"])))
     return grid(*rows)
 
@@ -119,8 +138,8 @@ def ablations(folders):
 def short_runs(ours, papers):
     """A sentence on each of the two short runs, of our recipe and of the paper's."""
     texts = []
-    for text, report in (("A shorter run does most of it: {} on 400 tasks gave {} (`results/fast/`).", ours),
-                         ("The paper's own recipe (`--preset paper`), stopped after {} on the same tasks, gave {} (`results/paper/`).", papers)):
+    for text, report in (("A shorter run does most of it: {} on 400 tasks gave {} (`fast/`).", ours),
+                         ("The paper's own recipe (`--preset paper`), stopped after {} on the same tasks, gave {} (`paper/`).", papers)):
         result, network = report["results"][0], report["network"]
         texts.append(text.format(f"{network['seconds'] / 60:.0f} minutes of training ({network['step']:,} steps)",
                                  f"{percent(result)} % of {result['n_trials']} validation trials, one shot"))
@@ -129,10 +148,10 @@ def short_runs(ours, papers):
 
 def sentences(figures):
     nearness = figures["nearest_similarity"]
-    return (f"*The sentences of the {figures['tasks']} test tasks, each shown by the last frame of one demonstration. Of the "
-            f"{figures['demos']} test demonstrations {figures['retrieval']:.1%} lie nearest to the sentence of their own task (of its "
-            f"other demonstrations) among all {figures['tasks']}; the nearest training task has a cosine similarity of "
-            f"{statistics.median(nearness):.2f} in the median, {min(nearness):.2f} at least.*")
+    return (f"*The sentences of the {figures['tasks']} test tasks, each shown by the last frame of one demonstration. Each of the "
+            f"{figures['demos']} test demonstrations is compared with all {figures['tasks']} sentences, its own task's made without it: "
+            f"for {100 * figures['retrieval']:.1f} % the own task's is the nearest. The cosine similarity of a test task to the "
+            f"nearest training task is {statistics.median(nearness):.2f} in the median, {min(nearness):.2f} at least.*")
 
 
 def costs(report):
@@ -176,26 +195,33 @@ def learning_curves(path, seeds, width=900, height=420, margin=60):
     write_atomically(path, lambda file: picture.save(file, "png"))
 
 
-def fill(text):
-    """The text of README with its tables filled."""
-    tables = {"costs": costs(json.loads((HERE / "benchmark.json").read_text())), "results": results(SEEDS), "seeds": every_seed(SEEDS),
-              "short": short_runs(load(HERE / "fast" / "val"), load(HERE / "paper" / "val")),
-              "map": sentences(json.loads((SEEDS[0] / "embedding-map.png.json").read_text()))}
-    for name, compared in (("methods", methods), ("ablations", ablations)):
-        if folders := sorted(path.parent for path in (HERE / name).glob("*/results.json")):
-            tables[name] = compared(folders)
+def fill(text, tables):
+    """A text with its tables filled."""
     for name, table in tables.items():
         before, tag, after = text.partition(f"<!-- {name} -->\n")
         if not tag or "<!-- end -->" not in after:
-            raise SystemExit(f"README.md has no place for the table {name}: <!-- {name} --> and <!-- end -->")
+            raise SystemExit(f"there is no place for the table {name}: <!-- {name} --> and <!-- end -->")
         text = before + tag + table + "\n" + after[after.index("<!-- end -->"):]
     return text
 
 
+def filled():
+    """{path: its text with all tables filled} of both READMEs."""
+    compared = [sorted(path.parent for path in (HERE / name).glob("*/results.json")) for name in ("methods", "ablations")]
+    tables = {HERE.parent / "README.md": {"results": results(SEEDS)},
+              HERE / "README.md": {
+                  "seeds": every_seed(SEEDS), "methods": methods(compared[0]), "ablations": ablations(compared[1]),
+                  "short": short_runs(load(HERE / "fast" / "val"), load(HERE / "paper" / "val")),
+                  "map": sentences(json.loads((SEEDS[0] / "embedding-map.png.json").read_text())),
+                  "costs": costs(json.loads((HERE / "benchmark.json").read_text()))}}
+    return {path: fill(path.read_text(), own) for path, own in tables.items()}
+
+
 def main():
-    readme = HERE.parent / "README.md"
-    text = fill(readme.read_text())
-    write_atomically(readme, lambda file: file.write(text.encode()))
+    for path in HERE.rglob("results.json"):
+        load(path.parent)  # those without a table are checked too
+    for path, text in filled().items():
+        write_atomically(path, lambda file: file.write(text.encode()))
     learning_curves(HERE / "learning-curves.png", SEEDS)
 
 
