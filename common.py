@@ -167,16 +167,32 @@ def checked(content):
     return content[:-32]
 
 
+def read_arrays(path, shapes):
+    """The arrays of an npz file that write_checked wrote; `shapes` maps their names to (shape, dtype), None is any length.
+
+    Takes no more memory than the file has bytes, whatever its headers promise. Raises ValueError, which says what is wrong.
+    """
+    content = path.read_bytes()
+    try:
+        with zipfile.ZipFile(io.BytesIO(checked(content))) as archive:
+            return {name: _read_array(archive, name, *shapes[name]) for name in shapes}
+    except WrongArray as error:
+        raise ValueError(f"is of another data set: {error}")
+    except (ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile):
+        raise ValueError("is damaged")
+
+
 class WrongArray(Exception):
-    """An intact array that has another shape or type than the manifest says."""
+    """An intact array of another shape or type than was asked for."""
 
 
-def read_array(archive, name, shape, dtype):
-    """An array of an npz archive; no memory is taken unless its header promises this shape and type."""
+def _read_array(archive, name, shape, dtype):
     if archive.getinfo(name + ".npy").compress_type != zipfile.ZIP_STORED:
         raise ValueError("compressed")
     with archive.open(name + ".npy") as file:
         np.lib.format.read_magic(file)
-        if (found := np.lib.format.read_array_header_1_0(file)) != (shape, False, np.dtype(dtype)):
-            raise WrongArray(f"{name} is {found[2]} of shape {found[0]}, not {np.dtype(dtype)} of {shape}")
-        return np.frombuffer(file.read(), dtype).reshape(shape)
+        found, fortran_order, found_dtype = np.lib.format.read_array_header_1_0(file)
+        wanted = len(found) == len(shape) and all(n in (None, m) for n, m in zip(shape, found))
+        if not wanted or found_dtype != dtype or fortran_order:
+            raise WrongArray(f"{name} {found_dtype} {found}, not {dtype} {shape}")
+        return np.frombuffer(file.read(), dtype).reshape(found)

@@ -10,19 +10,17 @@ import argparse
 import collections
 import functools
 import hashlib
-import io
 import json
 import math
 import time
-import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
-from common import (Parser, UserError, WrongArray, checked, command, cores, locked, number, parallel, progress, read_array,
-                    remove_stale, write_atomically, write_checked)
+from common import (Parser, UserError, command, cores, locked, number, parallel, progress, read_arrays, remove_stale,
+                    write_atomically, write_checked)
 
 # The simulator is imported where demonstrations are recorded: to read a data set takes no PyBullet.
 
@@ -57,8 +55,7 @@ def record_demo(env, task, demo_number, seed):
             obs, _, _, _, info = env.step(actions[-1] + rng.normal(0, NOISE, sim.ACTION_DIM))
         clean = info["distance"] < sim.STRICT_DISTANCE and info["distractor_displacement"] < sim.MOVED_DISTANCE
         if info["success"] and (clean or attempt >= CLEAN_ATTEMPTS):
-            demo = {"states": np.stack([o["state"] for o in observations]),
-                    "actions": np.array(actions, np.float32)}
+            demo = {"states": np.stack([o["state"] for o in observations]), "actions": np.array(actions, np.float32)}
             if env.render:
                 demo["frames"] = np.stack([o["image"] for o in observations])
             return demo
@@ -88,15 +85,14 @@ def generate(folder, counts, demos, seed, workers=None):
 def write_data_set(folder, tasks, mirror=None):
     """Write a data set of your own from arrays.
 
-    `tasks` maps the splits "train" and "val" to their tasks. A task is a list of demonstrations, a
-    demonstration a dict of `frames` (T, H, H, 3) uint8, `states` (T, S) and `actions` (T, A), as
-    record_demo returns it. All demonstrations have equal sizes, all tasks equally many. `mirror`
-    is a dict of `states` (S,) and `actions` (A,), by which a scene that is seen in a mirror multiplies
-    them, 1 or -1; without it batches cannot be mirrored.
+    `tasks` maps the splits "train" and "val" to their tasks. A task is a list of demonstrations, a demonstration a dict
+    of `frames` (T, H, H, 3) uint8, `states` (T, S) and `actions` (T, A), as record_demo returns it. All demonstrations
+    have equal sizes, all tasks equally many. `mirror` is a dict of `states` (S,) and `actions` (A,): factors 1 or -1 that
+    turn them into those of the scene seen in a mirror; without it batches cannot be mirrored.
     Raises ValueError for other shapes, types or values and UserError if the folder holds a data set.
     """
-    if not (tasks.get("train") and tasks.get("val")):
-        raise ValueError("a data set needs tasks in the splits train and val")
+    if not (tasks.get("train") and tasks.get("val")) or len({len(task) for split in tasks.values() for task in split}) > 1:
+        raise ValueError("a data set needs tasks in the splits train and val, all with equally many demonstrations")
     folder, first = Path(folder), tasks["train"][0][0]
     T, H = first["frames"].shape[:2]
     shapes = {"frames": (T, H, H, 3), **{name: (T, np.shape(first[name])[-1]) for name in ("states", "actions")}}
@@ -107,20 +103,17 @@ def write_data_set(folder, tasks, mirror=None):
                                  f"not {array.dtype} of shape {array.shape}")
         if mirror and name != "frames" and np.shape(mirror[name]) != shape[1:]:
             raise ValueError(f"mirror needs {shape[1]} signs of {name}")
-    demos = len(tasks["train"][0])
-    if any(len(task) != demos for split in tasks.values() for task in split):
-        raise ValueError("all tasks need equally many demonstrations")
     with locked(folder):
         if (folder / "manifest.json").exists():
             raise UserError(f"{folder} holds a data set: choose another folder, or delete it")
         digest = hashlib.sha256()
         for split, index in ((split, index) for split in tasks for index in range(len(tasks[split]))):
-            (folder / split).mkdir(exist_ok=True)
             write_task(folder, split, index, tasks[split][index])
             digest.update(task_path(folder, split, index).read_bytes())
         write_manifest(folder, dict(
-            version=VERSION, seed=None, demos=demos, noise=None, horizon=T, image_size=H, state_dim=shapes["states"][1],
-            action_dim=shapes["actions"][1], mirror=mirror and {name: np.float64(mirror[name]).tolist() for name in mirror},
+            version=VERSION, seed=None, demos=len(tasks["train"][0]), noise=None, horizon=T, image_size=H,
+            state_dim=shapes["states"][1], action_dim=shapes["actions"][1],
+            mirror=mirror and {name: np.float64(mirror[name]).tolist() for name in mirror},
             tasks={split: len(tasks[split]) for split in tasks}, source=digest.hexdigest()))
 
 
@@ -130,7 +123,9 @@ def write_task(folder, split, index, demos):
     arrays = {**{name: np.array([demo[name] for demo in demos], np.float32) for name in ("states", "actions")},
               "frames": np.frombuffer(b"".join(frames), np.uint8),
               "offsets": np.cumsum([0] + [len(frame) for frame in frames])}
-    write_checked(task_path(folder, split, index), lambda file: np.savez(file, **arrays))
+    path = task_path(folder, split, index)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_checked(path, lambda file: np.savez(file, **arrays))
 
 
 def evenly_spaced(horizon, count):
@@ -143,10 +138,7 @@ def task_path(folder, split, index):
 
 
 def make_tasks(folder, manifest, write, workers):
-    """Call `write(split, index)` in parallel for the manifest's tasks that are not there yet.
-
-    A manifest that is there must have the same settings; the new one has the larger number of tasks.
-    """
+    """Call `write(split, index)` in parallel for the manifest's tasks that are not there; a manifest that is must agree."""
     with locked(folder):
         counts, old = manifest["tasks"], {"tasks": {}}
         if (folder / "manifest.json").exists():
@@ -163,14 +155,11 @@ def make_tasks(folder, manifest, write, workers):
         start = time.monotonic()
         for done, _ in enumerate(parallel(write, jobs, workers or cores()), 1):
             seconds = time.monotonic() - start
-            progress(f"{done}/{len(jobs)} tasks, "
-                     f"{done * manifest['demos'] * manifest['horizon'] / seconds:.0f} frames/s, "
+            progress(f"{done}/{len(jobs)} tasks, {done * manifest['demos'] * manifest['horizon'] / seconds:.0f} frames/s, "
                      f"{seconds / done * (len(jobs) - done) / 60:.1f} min left", end=done == len(jobs))
 
 
 def write_manifest(folder, manifest):
-    for split in manifest["tasks"]:
-        (folder / split).mkdir(exist_ok=True)
     text = json.dumps({**manifest, "sha256": digest_of(manifest)}, indent=1)
     write_atomically(folder / "manifest.json", lambda file: file.write(text.encode()))
 
@@ -226,41 +215,27 @@ class TaskSet:
             raise UserError(f"{folder} has {available} {split} tasks, not {count}: ask for fewer, or add more by "
                             f"{data_command(folder, {**self.manifest, 'tasks': {**self.manifest['tasks'], split: count}})}")
         self.frame_shape = (size, size, 3)
-        self._frames, self._offsets, states, actions = [], [], [], []
-        for index in range(count):
-            arrays = self._read(task_path(folder, split, index))
-            self._frames.append(arrays["frames"].data)
-            self._offsets.append(arrays["offsets"].reshape(-1))
-            states.append(arrays["states"])
-            actions.append(arrays["actions"])
-        self.states, self.actions = np.array(states), np.array(actions)
+        arrays = [self._read(task_path(folder, split, index)) for index in range(count)]
+        self._frames, self._offsets = ([task[name] for task in arrays] for name in ("frames", "offsets"))
+        self.states, self.actions = (np.array([task[name] for task in arrays]) for name in ("states", "actions"))
         self.mirror = self.manifest["mirror"] and {name: np.float32(signs) for name, signs in self.manifest["mirror"].items()}
-        self.n_tasks, self.n_demos = count, self.manifest["demos"]
-        self.horizon = self.manifest["horizon"]
-        self.ends = np.empty((count, self.n_demos, 2, *self.frame_shape), np.uint8)
-        for task in range(count):
-            for demo in range(self.n_demos):
-                for end, at in enumerate(evenly_spaced(self.horizon, 2)):
-                    self.ends[task, demo, end] = self.frame(task, demo, at)
+        self.n_tasks, self.n_demos, self.horizon = count, self.manifest["demos"], self.manifest["horizon"]
+        self.ends = self.frames(np.arange(count)[:, None, None], np.arange(self.n_demos)[:, None], evenly_spaced(self.horizon, 2))
 
     def _read(self, path):
         """A task's arrays, checked: `states`, `actions`, `offsets`, `frames`."""
-        demos, horizon, state_dim, action_dim = (
-            self.manifest[name] for name in ("demos", "horizon", "state_dim", "action_dim"))
-        shapes = {"states": ((demos, horizon, state_dim), "<f4"), "actions": ((demos, horizon, action_dim), "<f4"),
-                  "offsets": ((demos * horizon + 1,), "<i8")}
+        D, T, S, A = (self.manifest[name] for name in ("demos", "horizon", "state_dim", "action_dim"))
+        shapes = {"states": ((D, T, S), "<f4"), "actions": ((D, T, A), "<f4"), "offsets": ((D * T + 1,), "<i8"),
+                  "frames": ((None,), "|u1")}
         remedy = data_command(path.parents[1], self.manifest)
         try:
-            content = checked(path.read_bytes())
-            with zipfile.ZipFile(io.BytesIO(content)) as archive:
-                arrays = {name: read_array(archive, name, *shapes[name]) for name in shapes}
-                arrays["frames"] = read_array(archive, "frames", (int(arrays["offsets"][-1]),), "|u1")
+            arrays = read_arrays(path, shapes)
+            if len(arrays["frames"]) != arrays["offsets"][-1]:
+                raise ValueError("is damaged")
         except FileNotFoundError:
             raise UserError(f"{path} is missing: finish the data set by {remedy}")
-        except WrongArray as error:
-            raise UserError(f"{path}: {error}, unlike the manifest's: it belongs to another data set; delete it and run {remedy}")
-        except (ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile):
-            raise UserError(f"{path} is damaged: delete it and run {remedy}")
+        except ValueError as error:
+            raise UserError(f"{path} {error}: delete it and run {remedy}")
         return arrays
 
     def frame(self, task, demo, time):
@@ -290,27 +265,23 @@ class TaskSet:
 class TaskLoader:
     """An endless iterator of few-shot batches; batch i depends on (seed, i) only.
 
-    A batch has B different tasks; of each K support and Q query demos, all different, and F control
-    samples of each of the two sets, every one at a random time of a random demo of its set: uniform
-    for early = 1, else T u^early with a uniform u, which favours the demo's beginning. With
-    `random_support` every batch draws its K from 1 to the K given. With `mirror` half of the tasks
-    are seen in a mirror, all their demos alike.
+    A batch has B different tasks; of each K support and Q query demos, all different, and F control samples of each
+    of the two sets, every one at a random time of a random demo of its set: T u^early with a uniform u, so early = 1
+    is uniform and more favours a demo's beginning. With `random_support` every batch draws its K from 1 to the K given.
+    With `mirror` half of the tasks are seen in a mirror, all their demos alike.
 
-    It is a dict of uint8 and float32 arrays, U for support and q for query, with n the `demo_frames` of
-    a support demo, evenly spaced, first and last for two:
-    `frames_U` (B, K, n, H, W, 3), `frames_q` (B, Q, 2, H, W, 3), `images` (B, 2, F, H, W, 3),
-    `states` (B, 2, F, S), `actions` (B, 2, F, A), with U before q on axis 1. And `tasks` (B,),
-    `mirrored` (B,), `demos` (B, K + Q), `control_demos` (B, 2, F), `times` (B, 2, F) tell what was
-    drawn. Batches are prepared ahead on a background thread. Raises UserError if B or K + Q are too many.
+    It is a dict of uint8 and float32 arrays, U for support and q for query, before one another on axis 1 where both
+    are in one, and n the `demo_frames` of a support demo, evenly spaced: `frames_U` (B, K, n, H, W, 3), `frames_q`
+    (B, Q, 2, H, W, 3), `images` (B, 2, F, H, W, 3), `states` (B, 2, F, S), `actions` (B, 2, F, A). What was drawn is
+    told by `tasks` (B,), `mirrored` (B,), `demos` (B, K + Q), `control_demos` (B, 2, F) and `times` (B, 2, F).
+    Batches are prepared ahead on a background thread. Raises UserError if B or K + Q are too many.
     """
 
-    def __init__(self, task_set, B, K, Q, F, seed, early=1.0, random_support=False, mirror=False,
-                 demo_frames=2, ahead=3):
+    def __init__(self, task_set, B, K, Q, F, seed, early=1.0, random_support=False, mirror=False, demo_frames=2, ahead=3):
         if B > task_set.n_tasks:
             raise UserError(f"a batch of {B} tasks needs as many, the data set has {task_set.n_tasks}: lower --batch")
         if K + Q > task_set.n_demos:
-            raise UserError(f"K + Q = {K} + {Q} demos are more than the {task_set.n_demos} of a task: "
-                            "lower --support or --query")
+            raise UserError(f"K + Q = {K} + {Q} demos are more than the {task_set.n_demos} of a task: lower --support or --query")
         if mirror and not task_set.mirror:
             raise UserError("nothing tells how these data look in a mirror: give write_data_set its signs, or use --mirror 0")
         self.task_set, self.B, self.K, self.Q, self.F, self.seed, self.early = task_set, B, K, Q, F, seed, early
@@ -342,8 +313,7 @@ class TaskLoader:
             pixels[mirrored] = pixels[mirrored][..., ::-1, :]
         for name in ("states", "actions") if self.mirror else ():
             batch[name][mirrored] *= data.mirror[name]
-        return {**batch, "tasks": tasks, "mirrored": mirrored, "demos": demos, "control_demos": control_demos,
-                "times": times}
+        return {**batch, "tasks": tasks, "mirrored": mirrored, "demos": demos, "control_demos": control_demos, "times": times}
 
     def __iter__(self):
         return self
