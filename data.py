@@ -80,8 +80,6 @@ def generate(folder, counts, demos, seed, workers=None):
     make_tasks(Path(folder), manifest, functools.partial(_record_task, folder, demos, seed), workers)
 
 
-# Writing --------------------------------------------------------------------------------------
-
 def write_data_set(folder, tasks, mirror=None):
     """Write a data set of your own from arrays.
 
