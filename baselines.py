@@ -103,8 +103,8 @@ class Baseline(nn.Module):
         self.build()
         self.apply(_initialise)
         self.to(memory_format=torch.channels_last)
-        self.register_buffer("state_mean", torch.as_tensor(state_mean) + torch.zeros(settings.state_dim))
-        self.register_buffer("state_std", torch.as_tensor(state_std) * torch.ones(settings.state_dim))
+        self.register_buffer("state_mean", torch.as_tensor(state_mean, dtype=torch.float32) + torch.zeros(settings.state_dim))
+        self.register_buffer("state_std", torch.as_tensor(state_std, dtype=torch.float32) * torch.ones(settings.state_dim))
 
     def _autocast(self):
         return torch.autocast(self.state_mean.device.type, torch.bfloat16, enabled=self.use_bfloat16)

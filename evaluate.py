@@ -1,14 +1,14 @@
 """Measure how often a policy imitates a demonstration of a task never seen in training.
 
     python evaluate.py                                     # the weights in results/
-    python evaluate.py --checkpoint runs/ours/best.pt --out runs/ours/test --gif 8
+    python evaluate.py --checkpoint runs/ours/last.pt --out runs/ours/test --gif 8
     python evaluate.py --policy expert --out runs/expert
     python evaluate.py --only 52 --film-failures           # what goes wrong in test task 52
     python evaluate.py --embedding-map map.png             # where the sentences of the test tasks lie
 
 The default protocol is the paper's: 74 test tasks x 6 trials, one demonstration and five. Prints a
-table and writes DIR/results.json with a row for every trial. The rows depend on the seed only,
-whatever the number of workers. An interrupted evaluation goes on with the same command: every
+table and writes DIR/results.json with a row for every trial. With the same weights, demonstrations and
+seed the rows are the same, whatever the number of workers. An interrupted evaluation goes on with the same command: every
 finished trial is in DIR/trials.jsonl. Demonstrations come from the data set, or are recorded on the fly.
 """
 import argparse
@@ -129,16 +129,16 @@ def _run_task(policy_name, split, index, trials, shots, seed, demos, demo_seed, 
         film = [] if films and trial < FILMED_TRIALS else None
         outcome = run(trial, film)
         rows.append({"shots": shots, "task": index, "trial": trial, **outcome})
+        if film_failures and not outcome["success"]:
+            large = []
+            run(trial, large, FAILURE_SIZE)  # the same trial again
+            save_gif(out / f"task{index:02d}-shots{shots}-trial{trial}.gif", [demo["frames"] for demo in demos[:1]],
+                     [(large, False)], FAILURE_SIZE)
         if film:
             filmed.append((film, outcome["success"]))
             if trial < min(FILMED_TRIALS, len(trials)) - 1:
                 continue  # these trials are recorded together, with their GIF
             save_gif(out / f"task{index:02d}-shots{shots}.gif", [demo["frames"] for demo in demos[:1]], filmed)
-        if film_failures and not outcome["success"]:
-            film = []
-            run(trial, film, FAILURE_SIZE)  # the same trial again
-            save_gif(out / f"task{index:02d}-shots{shots}-trial{trial}.gif", [demo["frames"] for demo in demos[:1]],
-                     [(film, False)], FAILURE_SIZE)
         if out:
             with open(out / "trials.jsonl", "a") as file:  # a kill can cut the last line, which is then run again
                 file.write("".join(_line(row) for row in rows[recorded:]))
@@ -162,10 +162,10 @@ def run_trials(policy, split, tasks, trials, shots, seed, workers, checkpoint=No
         raise UserError(f"{shots} shots need as many demonstrations, a task has {n_demos}: lower --shots")
     rows = [row for row in done if row["shots"] == shots]
     finished = {(row["task"], row["trial"]) for row in rows}
-    for place, index in enumerate(tasks):
+    for order, index in enumerate(tasks):
         missing = [trial for trial in range(trials) if (index, trial) not in finished]
         chosen = np.random.default_rng([seed, index]).permutation(n_demos)[:shots].tolist()
-        filmed = place < films and 0 in missing
+        filmed = order < films and 0 in missing
         if data and missing:
             times = range(data.horizon) if filmed or film_failures else evenly_spaced(data.horizon, demo_frames)
             chosen = [{"frames": data.frames(index, demo, times)} for demo in chosen]
@@ -243,9 +243,9 @@ def table(results):
 def save_gif(path, demo, films, size=250):
     """The demonstration's frames, if there is one, beside (film, success) of rollouts, framed green or red; 10 a second."""
     pictures = []
-    for place in range(len(films[0][0])):
+    for moment in range(len(films[0][0])):
         picture = Image.new("RGB", (size * (len(demo) + len(films)), size))
-        parts = [*(frames[2 * place] for frames in demo), *(film[place] for film, _ in films)]
+        parts = [*(frames[2 * moment] for frames in demo), *(film[moment] for film, _ in films)]
         for column, part in enumerate(parts):
             picture.paste(Image.fromarray(part).resize((size, size), Image.Resampling.NEAREST), (size * column, 0))
         draw = ImageDraw.Draw(picture)
@@ -285,8 +285,9 @@ def measure_costs(checkpoint, repeats=20):
 def embedding_map(path, model, data, train_data, side=1600, thumbnail=120):
     """Draw the last frames of demonstrations at the first two principal components of their sentences.
 
-    Returns retrieval figures: the shares of demos whose sentence is nearest (largest dot product) to
-    the sentence of their own task, made of the other demos, and the nearest training task of each task.
+    Returns retrieval figures: the share of demos whose sentence is nearest (largest dot product) to that of
+    their own task, and the nearest training task of each task. A task's sentence is the normalised mean of
+    its demos' sentences, for retrieval; the demo itself is left out of its own task's.
     """
     s_q = model.embed(torch.from_numpy(data.ends)[:, :, None])  # (N, D, E), every demo alone
     N, D, E = s_q.shape
@@ -317,7 +318,7 @@ def parse():
     parser.add_argument("--data", default="data/push", help="data set to take demonstrations from, if it is there")
     parser.add_argument("--split", choices=sim.SPLITS, default="test")
     parser.add_argument("--tasks", type=number(int, 1), default=FULL_DATA["tasks"]["test"], help="the first tasks of the split")
-    parser.add_argument("--only", type=number(int, 0), nargs="+", metavar="TASK", help="these tasks, by number, in place of --tasks")
+    parser.add_argument("--only", type=number(int, 0), nargs="+", metavar="TASK", help="these tasks in place of --tasks")
     parser.add_argument("--trials", type=number(int, 1), default=6, help="trials a task")
     parser.add_argument("--shots", type=number(int, 1), nargs="+", default=[1, 5], help="demonstrations a task")
     parser.add_argument("--seed", type=number(int, 0), default=0, help="of the trials and the choice of demonstrations")
@@ -363,7 +364,7 @@ def read_demonstrations(args, policy, tasks):
         return None
     data = TaskSet(args.data, args.split, max(tasks) + 1)
     if data.manifest["seed"] is None:
-        raise UserError(f"{args.data} is not of this simulator, so nothing can be tried on it here; give another --data")
+        raise UserError(f"{args.data} was not made by data.py: there is no simulator here for its tasks; give another --data")
     return data
 
 
@@ -383,7 +384,7 @@ def finished_report(path, evaluation):
 
 def main():
     args = parse()
-    content = checkpoint = method = None
+    model = content = checkpoint = method = None
     if args.policy not in ("expert", "random"):
         model, content, checkpoint = read_network(args)
         method = content["options"]["method"]
@@ -408,7 +409,8 @@ def main():
                 results.append(summary(policy, args.split, k, args.seed, rows, time.monotonic() - start))
             report = {"evaluation": evaluation, "results": results}
             if checkpoint:
-                report["network"] = {**measure_costs(checkpoint), **{name: content[name] for name in ("step", "seconds", "options")}}
+                trained = {name: content[name] for name in ("step", "seconds", "options")}
+                report["network"] = {**measure_costs(checkpoint), **trained}
             write_atomically(out / "results.json", lambda file: file.write(json.dumps(report, indent=1).encode()))
         (out / "trials.jsonl").unlink(missing_ok=True)
     print(table(report["results"]))

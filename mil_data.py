@@ -118,7 +118,7 @@ def main():
     parser = Parser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("folder", help="MIL's folder, or one that holds its folders")
     parser.add_argument("--out", required=True, help="folder of the data set")
-    parser.add_argument("--val", type=number(int, 1), default=FULL_DATA["tasks"]["val"], help="the last training tasks, to validate on")
+    parser.add_argument("--val", type=number(int, 1), default=FULL_DATA["tasks"]["val"], help="last training tasks, to validate on")
     parser.add_argument("--workers", type=number(int, 1), default=cores(), help="processes")
     args = parser.parse_args()
     import_mil(args.folder, args.out, args.val, args.workers)

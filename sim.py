@@ -51,8 +51,8 @@ HORIZON = 100  # control steps, 5 s
 IMAGE_SIZE = 125  # pixels
 STATE_DIM = 20  # 7 joint angles, 7 joint velocities, end effector (3), goal (3)
 ACTION_DIM = 7
-# Seen in a mirror, y for -y, a scene is a scene too (but for the links' centres of mass, a few centimetres
-# off the plane: an expert's mirrored action is off by 0.007 rms). Signs of the joints, the state, the action:
+# A scene mirrored in the x-z plane, y for -y, is again a valid scene, apart from the links' centres of mass: these lie a
+# few centimetres off the plane and put an expert's mirrored action off by 0.007 rms. The signs that mirror action and state:
 MIRRORED_ACTION = np.array([-1, 1, -1, 1, -1, 1, -1], np.float32)
 MIRRORED_STATE = np.concatenate([MIRRORED_ACTION, MIRRORED_ACTION, np.float32([1, -1, 1, 1, -1, 1])])
 MIRROR = {"states": MIRRORED_STATE.tolist(), "actions": MIRRORED_ACTION.tolist()}  # as a data set's manifest has it
@@ -61,8 +61,9 @@ SUCCESS_DISTANCE = 0.017 ** 0.5  # 0.13 m: the rule is a squared distance below 
 SUCCESS_STEPS = 10  # control steps within SUCCESS_DISTANCE
 STRICT_DISTANCE = 0.05  # final distance of the stricter rule reported beside it
 MOVED_DISTANCE = 0.03  # a distractor moved further than this counts as moved
-START_X, START_Y = (-0.3, 0.0), (0.0, 0.2)  # of an object; y is mirrored for the other side
-GOAL_CLEARANCE, OBJECT_CLEARANCE = 0.17, 0.10
+START_X, START_Y = (-0.3, 0.0), (0.0, 0.2)  # of an object; -y for the other side
+GOAL_CLEARANCE, OBJECT_CLEARANCE = 0.17, 0.10  # objects start at least the sum of their radii apart as well
+MAX_CLEARANCE = 0.45  # the start area has places that far apart
 START_SPEED = 0.005  # joint velocities at the start, U(-0.005, 0.005) rad/s
 
 # The objects. 999 usable meshes of pybullet_data/random_urdfs (168 holds NaNs), split for good.
@@ -82,7 +83,7 @@ FORK_LINK = 7  # its frame is the end effector: centre of the bar, prongs along 
 FORK_WIDTH, PRONG, STEM = 0.15, 0.06, 0.12
 START_JOINTS = (0.0, 1.562, 0.0, -2.045, 0.0, -0.465, 0.0)  # fork at (-0.37, 0, 0.12), pointing at the goal
 DAMPING = np.array([15, 15, 10, 8, 1.5, 1.5, 0.6])  # N m s/rad: torque acts like a velocity command
-TORQUE = np.array([20, 20, 10, 10, 2, 2, 1.0])  # action 1
+TORQUE = np.array([20, 20, 10, 10, 2, 2, 1.0])  # N m, of action 1
 MAX_SPEED = math.pi  # rad/s, of the iiwa 7's fastest joints; a blow against the fork cannot spin one faster
 SUBSTEPS = 12  # of 1/240 s
 # PyBullet's explicit damping D diverges where (time step) x (largest eigenvalue of M^-1 D), M the arm's mass matrix, is
@@ -188,7 +189,9 @@ def _mesh(mesh_id):
             if kind == "v":
                 vertices.append([float(v) for v in values[:3]])
             elif kind == "f":
-                faces.append([int(v.split("/")[0]) - 1 for v in values[:3]])
+                faces.append([int(v.split("/")[0]) - 1 for v in values])
+    if {len(face) for face in faces} != {3} or np.min(faces) < 0:
+        raise ValueError(f"{path} must have triangles, with vertices counted from its beginning")
     return path, np.array(vertices), np.array(faces)
 
 
@@ -322,8 +325,8 @@ class PushEnv:
         apply = functools.partial(client.setJointMotorControlArray, self.arm, list(range(7)), client.TORQUE_CONTROL,
                                   forces=torques)
         mass, root = np.array(client.calculateMassMatrix(self.arm, self.q.tolist())), np.sqrt(DAMPING)
-        stiffness = np.linalg.eigvalsh(root[:, None] * np.linalg.inv(mass) * root)[-1] / CONTROL_HZ / SUBSTEPS
-        substeps = SUBSTEPS * math.ceil(stiffness / MAX_DAMPING_STEP)  # more in some stretched poses
+        damping_step = np.linalg.eigvalsh(root[:, None] * np.linalg.inv(mass) * root)[-1] / CONTROL_HZ / SUBSTEPS
+        substeps = SUBSTEPS * math.ceil(damping_step / MAX_DAMPING_STEP)  # more in some stretched poses
         client.setTimeStep(1 / CONTROL_HZ / substeps)
         advance = client.stepSimulation
         for _ in range(substeps):  # PyBullet clears the torques at every step
@@ -358,6 +361,8 @@ class PushEnv:
         if swap:
             bodies.reverse()
         clearance = max(OBJECT_CLEARANCE, sum(body_shape(body)[2] for body in bodies))
+        if clearance > MAX_CLEARANCE:
+            raise ValueError(f"the bodies need {clearance:.2f} m between them, there are {MAX_CLEARANCE}: take smaller ones")
         places = []
         while len(places) < 2:  # the second body on the other side
             sign = first_side * (-1) ** len(places)

@@ -16,7 +16,7 @@ needs torch only and can be copied as it is. Trained weights load without the re
 To export the policy (torch.export, ONNX) export `predict`, which normalises the state, not `control_net`.
 Dimensions in comments:
 
-    B tasks, K support demos and Q query demos of a task, M control samples of a task,
+    B tasks, K support demos and Q query demos of a task, M control samples of each of these two sets,
     N images, H x W pixels, E numbers in a sentence, S in a state, A in an action.
 """
 from dataclasses import dataclass
@@ -76,8 +76,8 @@ def embedding_loss(s_U, s_q, margin=0.1, negatives="sentences"):
     With negatives="queries" (official code) the last term is s_q^i . s_U^j. Gradients flow through
     both sides. The accuracy is the share of (task, query) whose own product beats all negatives.
 
-    A loss that rests at the margin with an accuracy of chance, 1 / B, is a collapse: all sentences are
-    equal. A constant learning rate of 1e-3 can bring it on; warming up, as train.py does, avoids it.
+    A loss that stays near the margin with an accuracy of about 1 / B or less is a collapse: all sentences are
+    nearly equal. A constant learning rate of 1e-3 can bring it on; warming up, as train.py does, avoids it.
     """
     B = len(s_U)
     similarity = torch.einsum("jqe,ie->jqi", s_q, s_U)  # (B, Q, B): query of j, sentence of i
@@ -109,7 +109,7 @@ def _glorot(module):
 
 
 def _convolution(planes, filters):
-    """Stride 2 with maps of 63, 32, 16, 8 as TensorFlow's SAME (which pads even maps on the other side)."""
+    """Stride 2, maps of 63, 32, 16, 8 as with TensorFlow's SAME; but of even maps SAME pads 1 before, 2 after, this 2 before."""
     return nn.Conv2d(planes, filters, KERNEL, stride=2, padding=KERNEL // 2)
 
 
@@ -180,7 +180,7 @@ class ControlNet(nn.Module):
 # The method -----------------------------------------------------------------------------------
 
 class TecNets(nn.Module):
-    """Both networks and the statistics that normalise the state (taken from training tasks only).
+    """Both networks, and the statistics of training tasks that normalise the state (the official code feeds it raw).
 
     A batch maps to tensors, U before q on axis 1 where both are in one: `frames_U` (B, K, 2, H, W, 3) and
     `frames_q` (B, Q, 2, H, W, 3) uint8, the first and last frames; `images` (B, 2, M, H, W, 3) uint8,
@@ -195,13 +195,13 @@ class TecNets(nn.Module):
         self.embedding_net = EmbeddingNet(settings)
         self.control_net = ControlNet(settings)
         self.to(memory_format=torch.channels_last)
-        self.register_buffer("state_mean", torch.as_tensor(state_mean) + torch.zeros(settings.state_dim))
-        self.register_buffer("state_std", torch.as_tensor(state_std) * torch.ones(settings.state_dim))
+        self.register_buffer("state_mean", torch.as_tensor(state_mean, dtype=torch.float32) + torch.zeros(settings.state_dim))
+        self.register_buffer("state_std", torch.as_tensor(state_std, dtype=torch.float32) * torch.ones(settings.state_dim))
         if not (self.state_std > 0).all():
             raise ValueError(f"state_std must be above 0, not {self.state_std.min()}")
 
     def losses(self, batch):
-        """The total loss on a batch and its terms (section 3), as the paper writes them.
+        """The total loss on a batch and its terms (section 3). All are means, as in the official code; the paper sums over tasks.
 
         Returns a dict of scalars with their gradient: loss, loss_emb, loss_U, loss_q; and accuracy.
         """
@@ -221,7 +221,7 @@ class TecNets(nn.Module):
         return s_U, *embedding_loss(s_U, s_q, c.margin, c.negatives)
 
     def _embeddings(self, ends, chunk=None):
-        """f_theta of (..., 2, H, W, 3) uint8 -> (..., E); beyond one chunk activations are computed again in backward."""
+        """f_theta of (..., 2, H, W, 3) uint8 -> (..., E); with more than `chunk` demos backward computes activations again."""
         shape, ends = ends.shape[:-4], ends.flatten(0, -5)
         with self._autocast():
             if chunk is None or len(ends) <= chunk:
@@ -250,10 +250,11 @@ class TecNets(nn.Module):
     def backward(self, batch, chunk=256):
         """The same as losses(batch)["loss"].backward(), in bounded memory; returns the terms, detached.
 
-        The control losses run in chunks of at most `chunk` images (a task's samples stay together),
-        each with a backward of its own that collects its gradient on the sentences; the embedding
+        The control losses run in chunks of whole tasks, of at most `chunk` images but at least one task.
+        Each has a backward of its own that collects its gradient on the sentences; the embedding
         network's backward then starts from there. That is the same gradient, with the activations of
-        one chunk in memory, however many tasks. Of the embedding network a chunk counts demos.
+        one chunk in memory, however many tasks. For the embedding network `chunk` counts demonstrations.
+        Gradients accumulate: call `optimiser.zero_grad()` before.
         """
         c, images = self.settings, batch["images"]
         B, M = len(images), images.shape[2]

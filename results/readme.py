@@ -74,7 +74,7 @@ def over_seeds(values):
 
 
 def results(seeds):
-    rows = [("policy", "published, 1 / 5 shots", "here, 1 shot", "here, 5 shots", "trials a figure")]
+    rows = [("policy", "published, 1 / 5 shots", "here, 1 shot", "here, 5 shots", "trials per figure")]
     for policy in ("random", "tecnets", "no-demo", "expert"):
         if policy == "tecnets":
             reports = [load(seed / "test")["results"] for seed in seeds]
