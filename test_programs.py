@@ -512,11 +512,12 @@ def test_chosen_tasks_and_filmed_failures(tmp_path):
     """--only tries the tasks that it names as the whole evaluation does; --film-failures films each failing trial."""
     words = "evaluate.py", "--policy", "random", "--trials", 1
     run(*words, "--tasks", 3, "--out", "all", cwd=tmp_path)
-    run(*words, "--only", 2, 0, "--film-failures", "--out", "some", cwd=tmp_path)
+    run(*words, "--only", 2, 0, "--gif", 1, "--film-failures", "--out", "some", cwd=tmp_path)
     whole, some = (json.loads((tmp_path / name / "results.json").read_text())["results"][0] for name in ("all", "some"))
     assert [row for row in whole["trials"] if row["task"] in (0, 2)] == some["trials"] and some["n_tasks"] == 2
     failing = [f"task{row['task']:02d}-shots0-trial{row['trial']}.gif" for row in some["trials"] if not row["success"]]
-    assert failing and sorted(path.name for path in (tmp_path / "some").glob("*.gif")) == failing
+    assert failing and sorted(path.name for path in (tmp_path / "some").glob("*trial*.gif")) == failing
+    assert (tmp_path / "some" / "task00-shots0.gif").exists()
     with evaluate.Image.open(tmp_path / "some" / failing[0]) as gif:
         assert gif.n_frames > 10 and gif.height >= 250
     run("evaluate.py", "--policy", "expert", "--trials", 1, "--only", 1, "--film-failures", "--out", "expert", cwd=tmp_path)
@@ -709,6 +710,7 @@ def stamps(folder):
     (evaluate, "--out e --checkpoint {trained} --method mil", "of the method tecnets"),
     (evaluate, "--out e --checkpoint mil.pt --policy no-demo", "of the method mil"),
     (evaluate, "--embedding-map map.png --data {data} --tasks 2 --checkpoint mil.pt", "only tecnets"),
+    (evaluate, "--embedding-map map.png --policy expert", "only tecnets"),
     (evaluate, "--out e --split holdout", "--split"),
     (evaluate, "--out /proc/none --policy expert", "/proc/none"),
     (evaluate, "--out done --policy expert", "another evaluation"),

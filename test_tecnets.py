@@ -607,6 +607,17 @@ def test_a_task_of_ones_own():
     assert all((demo[name] == again[name]).all() and (demo[name] != other[name]).any() for name in demo)
 
 
+def test_bodies_that_do_not_fit(tmp_path):
+    """Too large a pair, and a mesh of squares, are refused at once."""
+    env, task = sim.PushEnv(render=False), sim.make_task("test", 0)
+    (tmp_path / "squares.obj").write_text("v 0 0 0\nv 1 0 0\nv 1 1 0\nv 0 1 1\nf 1 2 3 4\n")
+    for change, message in ((dict(size=0.6), "between them"), (dict(mesh_id=str(tmp_path / "squares.obj")), "triangles")):
+        body = dataclasses.replace(task.target, **change)
+        with pytest.raises(ValueError, match=message):
+            env.reset(seed=0, options={"task": sim.Task("own", 0, body, body)})
+    env.close()
+
+
 # The data -------------------------------------------------------------------------------------
 
 def random_demos(T, size, states, actions, **counts):
