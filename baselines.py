@@ -5,12 +5,13 @@
 
 Settings are those of MIL's public code (github.com/tianheyu927/mil, scripts/run_sim_push.sh) and paper
 (Finn et al., One-Shot Visual Imitation Learning via Meta-Learning, CoRL 2017, arXiv 1709.04905,
-section 6 and appendix A.2), simulated pushing, video only: of a demonstration the frames are seen,
-not the states and actions. The other two have no public code; they take MIL's layers. Apart from the
-published, for speed: MIL reads 20 evenly spaced frames of a demonstration and draws 20 control samples
-where it had all 100; the LSTM reads 10 frames; it and contextual draw 8 control samples and run in
-bfloat16. Times of control samples, the mirror and the learning rate's schedule are those of our
-TecNets; METHODS in train.py has what else differs from it.
+section 6 and appendix A.2), simulated pushing, video only: the frames of a demonstration are seen, its
+states and actions are not. The other two have no public code; they take MIL's layers.
+
+Three things differ from the published, for speed. MIL reads 20 evenly spaced frames of a demonstration
+and draws 20 control samples, where it had all 100. The LSTM reads 10 frames. The LSTM and contextual
+draw 8 control samples and run in bfloat16. How the times of control samples are drawn, the mirror and
+the schedule of the learning rate are those of our TecNets; METHODS in train.py lists other defaults.
 
 `embed` turns demonstrations into a context, `predict` and `act` take the place of TecNets' with
 the context for the sentence. Dimensions in comments: B tasks, K demos of a task, n frames of a demo,
