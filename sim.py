@@ -267,8 +267,8 @@ def _camera(client, size):
     projection = client.computeProjectionMatrixFOV(CAMERA_FOV, 1, 0.1, 3)
     _, _, rgba, _, segmentation = client.getCameraImage(
         size, size, view, projection, shadow=0, renderer=client.ER_TINY_RENDERER)
-    rgba, segmentation = np.asarray(rgba, np.uint8), np.asarray(segmentation)  # pybullet-arm64 returns tuples
-    return rgba.view(np.uint32).reshape(size, size), segmentation.reshape(size, size) >= 0
+    pixels = np.frombuffer(bytes(rgba), np.uint32)  # bytes() is quick for the tuples of pybullet-arm64, too
+    return pixels.reshape(size, size), np.asarray(segmentation).reshape(size, size) >= 0
 
 
 class PushEnv:
