@@ -14,7 +14,7 @@ draw 8 control samples and run in bfloat16. How the times of control samples are
 the schedule of the learning rate are those of our TecNets; METHODS in train.py lists other defaults.
 
 `embed` turns demonstrations into a context, `predict` and `act` take the place of TecNets' with
-the context for the sentence. Dimensions in comments: B tasks, K demos of a task, n frames of a demo,
+the context for the sentence. What is given is checked as there. Dimensions in comments: B tasks, K demos of a task, n frames of a demo,
 evenly spaced, M control samples of a task, N images, H x W pixels, S in a state, A in an action.
 """
 from dataclasses import dataclass
@@ -22,6 +22,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from tecnets import check, check_batch, check_settings, statistics
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,9 @@ class Settings:
     inner_clip: float = 10.0  # of that gradient's elements
     inner_scale: float = 50.0  # of the actions in the inner loss
     second_order: bool = True  # the meta-gradient goes through the inner gradient; else inner_* are not trained
+
+    def __post_init__(self):
+        check_settings(self)
 
 
 # Layers ---------------------------------------------------------------------------------------
@@ -58,6 +63,7 @@ def feature_points(x):
 
     Coordinate i of n counts as (i - n / 2) / n.
     """
+    check("x", x, "float", "N", "C", "H", "W")
     H, W = x.shape[2:]
     dtype = torch.promote_types(x.dtype, torch.float32)
     weights = x.flatten(2).softmax(-1, dtype).unflatten(2, (H, W))
@@ -76,6 +82,7 @@ def vision(planes, settings):
 
 def to_planes(images, dtype):
     """uint8 (N, H, W, C) -> (N, C, H, W) in [0, 1]."""
+    check("images", images, "uint8", "N", "H", "W", "C")
     return images.to(dtype).movedim(-1, 1) / 255
 
 
@@ -104,14 +111,20 @@ class Baseline(nn.Module):
         self.build()
         self.apply(_initialise)
         self.to(memory_format=torch.channels_last)
-        self.register_buffer("state_mean", torch.as_tensor(state_mean, dtype=torch.float32) + torch.zeros(settings.state_dim))
-        self.register_buffer("state_std", torch.as_tensor(state_std, dtype=torch.float32) * torch.ones(settings.state_dim))
+        for name, values in statistics(settings, state_mean, state_std).items():
+            self.register_buffer(name, values)
 
     def _autocast(self):
         return torch.autocast(self.state_mean.device.type, torch.bfloat16, enabled=self.use_bfloat16)
 
+    def _check_frames(self, frames):
+        check("frames", frames, "uint8", ..., "K", "n", *[self.settings.image_size] * 2, 3)
+
     def predict(self, images, states, context):
         """Actions (B, M, A) for images (B, M, H, W, 3) uint8, raw states (B, M, S) and contexts (B, *)."""
+        c = self.settings
+        check("images", images, "uint8", "B", "M", c.image_size, c.image_size, 3)
+        check("states", states, "finite", *images.shape[:2], c.state_dim)
         with self._autocast():
             return self.respond(images, (states - self.state_mean) / self.state_std, context).to(states.dtype)
 
@@ -126,6 +139,7 @@ class Baseline(nn.Module):
         `batch` is that of TecNets; of the support demos the frames `frames_U` (B, K, n, H, W, 3) are used,
         of the query demos the control samples. Tasks run in chunks of at most `chunk` of these together.
         """
+        check_batch(self.settings, batch, "n")
         images, states, actions = (batch[name][:, 1] for name in ("images", "states", "actions"))
         B, total = len(images), 0.0
         frames = images.shape[1] + batch["frames_U"].shape[1] * batch["frames_U"].shape[2]
@@ -148,9 +162,11 @@ class Contextual(Baseline):
                                     nn.Linear(c.units, c.units), nn.ReLU(), nn.Linear(c.units, c.action_dim))
 
     def embed(self, frames):
+        self._check_frames(frames)
         return frames[..., -1, :, :, :]  # (..., K, H, W, 3)
 
     def respond(self, images, states, context):
+        check("context", context, "uint8", len(images), "K", *images.shape[2:])
         K, M = context.shape[1], images.shape[1]
         shape = len(images), K, M
         pairs = torch.cat([images[:, None].expand(-1, K, -1, -1, -1, -1),
@@ -177,6 +193,7 @@ class LSTM(Baseline):
 
     def embed(self, frames):
         """The memory after each demo: (..., K, n, H, W, 3) -> (..., K, 2, lstm_units)."""
+        self._check_frames(frames)
         with self._autocast():
             images = frames.flatten(0, -4)
             features = self._features(images, self.state_mean.new_zeros(len(images), self.settings.state_dim))
@@ -186,6 +203,7 @@ class LSTM(Baseline):
 
     def respond(self, images, states, context):
         B, M = images.shape[:2]
+        check("context", context, "float", B, "K", 2, self.settings.lstm_units)
         K = context.shape[1]
         features = self._features(images.flatten(0, 1), states.flatten(0, 1)).unflatten(0, (B, 1, M))
         features = features.expand(-1, K, -1, -1).flatten(0, 2)  # (B K M, units)
@@ -246,6 +264,7 @@ class MIL(Baseline):
 
     def embed(self, frames):
         """One inner step on all demos of a task: (..., K, n, H, W, 3) -> adapted parameters (..., P)."""
+        self._check_frames(frames)
         if frames.ndim > 5:
             return torch.stack([self.embed(task) for task in frames])
         c, parameters = self.settings, self._adapted().values()
@@ -258,6 +277,7 @@ class MIL(Baseline):
     def respond(self, images, states, context):
         adapted = self._adapted()
         sizes = [p.numel() for p in adapted.values()]
+        check("context", context, "float", len(images), sum(sizes))
         actions = []
         for task_images, task_states, values in zip(images, states, context):
             weights = {name: part.view_as(p) for (name, p), part in zip(adapted.items(), values.split(sizes))}

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import sim
 import tecnets
-from common import Parser, command, cores, parallel, write_atomically
+from common import Parser, command, cores, parallel, say, write_atomically
 from data import TaskLoader, TaskSet
 from evaluate import SHIPPED, run_trials
 from tecnets import TecNets
@@ -106,7 +106,7 @@ def loader(data):
 
 def simulator(data):
     sides = {}
-    for name, env in (("step", sim.PushEnv(render=False)), ("rendered step", sim.PushEnv())):
+    for name, env in (("step", sim.PushEnv(render_mode=None)), ("rendered step", sim.PushEnv())):
         env.reset(seed=0, options={"task": sim.make_task("train", 0), "side": -1})
         sides[name] = lambda env=env, actions=iter(data.actions[0, 0]): env.step(next(actions))
     return medians(sim.HORIZON - 1, **sides)
@@ -137,7 +137,7 @@ def main():
     data, report = TaskSet(args.data, "train", B), {}
     for stage in (training_step, act, loader, simulator, evaluation, memory):
         report[stage.__name__] = values = stage(data)
-        print(stage.__name__, *(f"  {name:28} {value:.4g}" for name, value in values.items()), sep="\n", flush=True)
+        say("\n".join([stage.__name__, *(f"  {name:28} {value:.4g}" for name, value in values.items())]))
     if args.json:
         write_atomically(args.json, lambda file: file.write(json.dumps(report, indent=1).encode()))
 

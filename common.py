@@ -3,21 +3,26 @@ import argparse
 import contextlib
 import fcntl
 import hashlib
+import importlib
+import importlib.metadata
 import io
-import multiprocessing
+import itertools
 import multiprocessing.connection
 import os
+import queue
+import re
 import signal
+import subprocess
 import sys
 import threading
+import traceback
 import zipfile
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
 
 TEMPORARY = ".unfinished"  # ends the names of files that are being written
+PACKAGES = ("torch", "numpy", "pillow", "pybullet", "pybullet-arm64")  # on which the numbers depend
 
 
 class UserError(Exception):
@@ -35,24 +40,64 @@ class Parser(argparse.ArgumentParser):
 
 
 def fail(message):
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    say(f"{Path(sys.argv[0]).name}: {message}", stream="stderr")
     raise SystemExit(2)
 
 
-def command(main):
-    """Run a command-line program: a UserError or a failing disk is one line and exit code 2.
+def say(*words, stream="stdout", **form):
+    """Print to a standard stream. Where nobody reads it any more the work goes on."""
+    with contextlib.suppress(OSError):
+        print(*words, file=getattr(sys, stream), flush=True, **form)
 
-    Ctrl-C and SIGTERM end it and its workers at once; what was done is on the disk.
+
+def command(main, less="take less at a time"):
+    """Run a command-line program: a UserError, a failing disk or a lack of memory is one line and exit code 2.
+
+    `less` says what to change for want of memory. Ctrl-C and SIGTERM end a program and its workers at once; what was
+    done is on the disk. A standard stream that is closed, or whose reader has gone, ends nothing.
     """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:  # closed: no file may take its number
+            descriptor = os.open(os.devnull, os.O_RDWR)
+            os.dup2(descriptor, number)
+            os.set_inheritable(number, True)
+            setattr(sys, name, open(number, "w" if number else "r"))
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # of a name that the terminal cannot show
     signal.signal(signal.SIGTERM, lambda signal_number, _: sys.exit(128 + signal_number))
     try:
+        pinned = dict(re.findall(r"^([\w-]+)==([\w.]+)", (Path(__file__).parent / "requirements.txt").read_text(), re.M))
+        warn_of_packages(pinned, "requirements.txt")
         main()
     except (UserError, OSError) as error:
         fail(error)
-    except MemoryError:
-        fail("not enough memory: take less at a time (see --help)")
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory|bad_alloc", str(error)):
+            raise
+        fail(f"not enough memory: {less}")
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except OSError:  # Python, too, flushes when it ends
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def installed_packages():
+    """The version of every package on which the numbers depend, as manifests, checkpoints and results note it."""
+    found = ((name, [*importlib.metadata.distributions(name=name)]) for name in PACKAGES)
+    return {name: distributions[0].version.partition("+")[0] for name, distributions in found if distributions}
+
+
+def warn_of_packages(versions, source, warned=set()):
+    """Say in one line, once a package, that others are installed than those `versions` that `source` names."""
+    others = {name: version for name, version in installed_packages().items()
+              if versions.get(name, version) != version and name not in warned}
+    warned.update(others)
+    if others:
+        say(f"warning: {others} installed, {source} has {versions}: numbers may differ", stream="stderr")
 
 
 def number(kind, low, high=1e9):
@@ -77,8 +122,8 @@ def choice(*words):
 
 def progress(line, end=False):
     """Show a line in place of the last one, on a terminal only."""
-    if sys.stderr.isatty():
-        print(f"\r{line}\033[K", end="\n" if end else "", file=sys.stderr, flush=True)
+    if sys.stderr and sys.stderr.isatty():
+        say(f"\r{line}\033[K", stream="stderr", end="\n" if end else "")
 
 
 def cores():
@@ -86,48 +131,93 @@ def cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def parallel(function, jobs, workers, initializer=None, initargs=()):
-    """Yield `function(*job)` for all jobs as they finish, in fresh processes that end with this one.
+WORKER = "import sys; sys.path[:] = sys.argv[2:]; import common; common.work(int(sys.argv[1]))"
 
-    Raises UserError if a process dies, as it does for lack of memory.
+
+def parallel(function, jobs, workers):
+    """Yield `function(*job)` for all jobs as they finish, in fresh processes of one core that end with this one.
+
+    `function` is a module's own: workers import that module and never run the calling script, which needs no guard.
+    Nothing of this process changes: environment, signals, streams, other children. Raises what the function
+    raises, and UserError, with the cause, if a process dies.
     """
-    os.environ |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}  # inherited: a core for every process
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(max(1, min(workers, len(jobs))), context, _start_worker, (initializer, initargs))
+    module = function.__module__
+    if module == "__main__":
+        module = Path(sys.modules[module].__file__).stem
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    jobs, processes = ((module, function.__name__, job) for job in jobs), {}
     try:
-        interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C reaches all, this process decides
-        futures = [pool.submit(function, *job) for job in jobs]
-        signal.signal(signal.SIGINT, interrupt)
-        for future in as_completed(futures):
-            yield future.result()
-    except BrokenProcessPool:
-        raise UserError("a worker process died, perhaps for lack of memory: run the same command with fewer --workers")
-    except BaseException:
-        for child in multiprocessing.active_children():
-            child.kill()
-        raise
+        for job in itertools.islice(jobs, max(1, workers)):
+            ours, theirs = multiprocessing.Pipe()
+            words = [sys.executable, "-c", WORKER, str(theirs.fileno()), *map(str, sys.path)]
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited: Ctrl-C is for this process
+            try:
+                with theirs:
+                    process = processes[ours] = subprocess.Popen(words, env=environment, pass_fds=[theirs.fileno()])
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            ours.send(job)
+        while processes:
+            for connection in multiprocessing.connection.wait(list(processes)):
+                process = processes[connection]
+                result, error = connection.recv()
+                if error:
+                    raise error
+                if job := next(jobs, None):
+                    connection.send(job)
+                else:
+                    connection.close()
+                    processes.pop(connection).wait()
+                yield result
+    except (EOFError, ConnectionError):
+        code = process.wait()
+        cause = f"ended with exit code {code}, its own message says why" if code >= 0 else f"was ended by signal {-code}"
+        cause += ", perhaps for lack of memory: try fewer --workers" * (code == -signal.SIGKILL)
+        raise UserError(f"a worker process {cause}; the same command goes on")
     finally:
-        pool.shutdown(cancel_futures=True)
+        for connection, process in processes.items():
+            process.kill()
+            process.wait()
+            connection.close()
 
 
-def _start_worker(initializer, initargs):
-    def follow():
-        multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
-        os._exit(1)
-    threading.Thread(target=follow, daemon=True).start()
-    if initializer:
-        initializer(*initargs)
+def work(descriptor):
+    """What a worker process does: the jobs that come, until its parent has no more or ends."""
+    connection, jobs = multiprocessing.connection.Connection(descriptor), queue.SimpleQueue()
+
+    def receive():
+        try:
+            while True:
+                jobs.put(connection.recv())
+        except (EOFError, ConnectionError):
+            os._exit(0)
+
+    threading.Thread(target=receive, daemon=True).start()
+    while True:
+        module, name, job = jobs.get()
+        try:
+            outcome = getattr(importlib.import_module(module), name)(*job), None
+        except Exception as error:
+            error.add_note(f"In a worker process:\n{traceback.format_exc()}")
+            outcome = None, error
+        connection.send(outcome)
 
 
 @contextlib.contextmanager
 def locked(folder):
-    """Make a folder and keep other processes from writing to it. Raises UserError if one does."""
+    """Make a folder and keep other processes from writing to it. Raises UserError if one does.
+
+    On a file system without locks it only warns: what a program goes on from is checked in any case.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{folder} is being written by another process: wait for it or choose another folder")
+        except OSError as error:
+            say(f"warning: {folder} cannot be locked ({error}): see to it that no other process writes to it, or "
+                "choose a folder on another disk", stream="stderr")
         remove_stale(folder)
         yield
 
@@ -138,17 +228,28 @@ def remove_stale(folder):
         stale.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def writing(path):
+    """Raises UserError, which names the file, if the disk fails within."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}): make room or mend that, and run the same again")
+
+
 def write_atomically(path, write):
-    """Call `write(file)` on a temporary file beside `path`, then give it its name."""
+    """Call `write(file)` on a temporary file beside `path`, then give it its name. Raises UserError if the disk fails."""
     temporary = Path(f"{path}.{os.getpid()}{TEMPORARY}")
     try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with writing(path):
+            with open(temporary, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def write_checked(path, write):
@@ -167,19 +268,24 @@ def checked(content):
     return content[:-32]
 
 
-def read_arrays(path, shapes):
+def read_arrays(path, shapes, identity):
     """The arrays of an npz file that write_checked wrote; `shapes` maps their names to (shape, dtype), None is any length.
 
-    Takes no more memory than the file has bytes, whatever its headers promise. Raises ValueError, which says what is wrong.
+    The last bytes of what was written are its `identity`. Takes no more memory than the file has bytes, whatever its
+    headers promise. Raises ValueError, which says what is wrong.
     """
     content = path.read_bytes()
     try:
-        with zipfile.ZipFile(io.BytesIO(checked(content))) as archive:
-            return {name: _read_array(archive, name, *shapes[name]) for name in shapes}
+        content = checked(content)
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            arrays = {name: _read_array(archive, name, *shapes[name]) for name in shapes}
     except WrongArray as error:
         raise ValueError(f"is of another data set: {error}")
     except (ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile):
         raise ValueError("is damaged")
+    if content[-len(identity):] != identity:
+        raise ValueError("is of another data set, or of another task")
+    return arrays
 
 
 class WrongArray(Exception):

@@ -8,10 +8,10 @@ finished by the same command; a larger `--train` adds tasks. The bytes depend on
 """
 import argparse
 import collections
-import functools
 import hashlib
 import json
 import math
+import operator
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -19,13 +19,14 @@ from pathlib import Path
 
 import numpy as np
 
-from common import (Parser, UserError, command, cores, locked, number, parallel, progress, read_arrays, remove_stale,
-                    write_atomically, write_checked)
+from common import (Parser, UserError, command, cores, installed_packages, locked, number, parallel, progress, read_arrays,
+                    remove_stale, say, warn_of_packages, write_atomically, write_checked)
 
 # The simulator is imported where demonstrations are recorded: to read a data set takes no PyBullet.
 
-VERSION = 2
+VERSION = 3
 FULL_DATA = {"tasks": {"train": 693, "val": 76, "test": 74}, "demos": 12, "seed": 0}  # the benchmark's size
+SPLITS = tuple(FULL_DATA["tasks"])
 NOISE = 0.1  # std of the noise on a demonstration's executed actions; the clean ones are recorded
 CLEAN_ATTEMPTS = 20  # from here on a demo may end up to SUCCESS_DISTANCE off or move the distractor
 ATTEMPTS = 40
@@ -56,28 +57,31 @@ def record_demo(env, task, demo_number, seed):
         clean = info["distance"] < sim.STRICT_DISTANCE and info["distractor_displacement"] < sim.MOVED_DISTANCE
         if info["success"] and (clean or attempt >= CLEAN_ATTEMPTS):
             demo = {"states": np.stack([o["state"] for o in observations]), "actions": np.array(actions, np.float32)}
-            if env.render:
+            if env.render_mode:
                 demo["frames"] = np.stack([o["image"] for o in observations])
             return demo
     raise RuntimeError(f"the expert failed {ATTEMPTS} times on {task}")
 
 
-def _record_task(folder, demos, seed, split, index):
+def _record_task(folder, manifest, split, index):
     import sim
-    env = sim.PushEnv()
-    write_task(folder, split, index, [record_demo(env, sim.make_task(split, index), i, seed) for i in range(demos)])
+    env, task = sim.PushEnv(), sim.make_task(split, index)
+    write_task(folder, manifest, split, index, [record_demo(env, task, i, manifest["seed"]) for i in range(manifest["demos"])])
     env.close()
 
 
 def generate(folder, counts, demos, seed, workers=None):
     """Write (or finish, or extend) a data set of the simulator; `counts` maps a split to its number of tasks.
 
-    Raises UserError if the folder holds data of other settings or is being written by another process.
+    Raises ValueError for an unknown split, UserError if the folder holds data of other settings or is being written
+    by another process.
     """
     import sim
+    if not counts.keys() <= set(SPLITS) or min(demos, *counts.values()) < 1:
+        raise ValueError(f"a data set has 1 task or more of {', '.join(SPLITS)} and 1 demonstration or more, not {counts} and {demos}")
     manifest = dict(version=VERSION, seed=seed, demos=demos, noise=NOISE, horizon=sim.HORIZON, image_size=sim.IMAGE_SIZE,
                     state_dim=sim.STATE_DIM, action_dim=sim.ACTION_DIM, mirror=sim.MIRROR, tasks=counts)
-    make_tasks(Path(folder), manifest, functools.partial(_record_task, folder, demos, seed), workers)
+    make_tasks(Path(folder), manifest, _record_task, workers)
 
 
 def write_data_set(folder, tasks, mirror=None):
@@ -89,45 +93,72 @@ def write_data_set(folder, tasks, mirror=None):
     turn them into those of the scene seen in a mirror; without it batches cannot be mirrored.
     Raises ValueError for other shapes, types or values and UserError if the folder holds a data set.
     """
-    if not (tasks.get("train") and tasks.get("val")) or len({len(task) for split in tasks.values() for task in split}) > 1:
-        raise ValueError("a data set needs tasks in the splits train and val, all with equally many demonstrations")
+    if not (tasks.get("train") and tasks.get("val") and tasks.keys() <= set(SPLITS)):
+        raise ValueError(f"a data set needs tasks in the splits train and val, and may have test, not {', '.join(tasks)}")
     folder, first = Path(folder), tasks["train"][0][0]
     T, H = first["frames"].shape[:2]
-    shapes = {"frames": (T, H, H, 3), **{name: (T, np.shape(first[name])[-1]) for name in ("states", "actions")}}
-    for name, shape in shapes.items():
-        for array in (np.asarray(demo[name]) for split in tasks.values() for task in split for demo in task):
-            if array.shape != shape or not np.isfinite(array).all() or (name == "frames" and array.dtype != np.uint8):
-                raise ValueError(f"{name} must be finite{', uint8' * (name == 'frames')} and of shape {shape}, as the first are, "
-                                 f"not {array.dtype} of shape {array.shape}")
-        if mirror and name != "frames" and np.shape(mirror[name]) != shape[1:]:
-            raise ValueError(f"mirror needs {shape[1]} signs of {name}")
+    if T < 2:
+        raise ValueError(f"a demonstration has a first and a last frame, not {T}")
+    manifest = dict(
+        version=VERSION, seed=None, demos=len(tasks["train"][0]), noise=None, horizon=T, image_size=H,
+        state_dim=np.shape(first["states"])[-1], action_dim=np.shape(first["actions"])[-1],
+        mirror=mirror and {name: np.float64(mirror[name]).tolist() for name in mirror},
+        tasks={split: len(tasks[split]) for split in tasks}, packages=installed_packages())
+    for name, length in (("states", manifest["state_dim"]), ("actions", manifest["action_dim"])) if mirror else ():
+        if np.shape(mirror[name]) != (length,) or (np.abs(mirror[name]) != 1).any():
+            raise ValueError(f"mirror needs {length} signs, 1 or -1, of {name}")
+    digest = hashlib.sha256()
+    for demos in (task for split in sorted(tasks) for task in tasks[split]):
+        check_demos(manifest, demos)
+        for array in (demo[name] for demo in demos for name in ("frames", "states", "actions")):
+            digest.update(np.ascontiguousarray(array))
+    manifest["source"] = digest.hexdigest()
     with locked(folder):
         if (folder / "manifest.json").exists():
             raise UserError(f"{folder} holds a data set: choose another folder, or delete it")
-        digest = hashlib.sha256()
         for split, index in ((split, index) for split in tasks for index in range(len(tasks[split]))):
-            write_task(folder, split, index, tasks[split][index])
-            digest.update(task_path(folder, split, index).read_bytes())
-        write_manifest(folder, dict(
-            version=VERSION, seed=None, demos=len(tasks["train"][0]), noise=None, horizon=T, image_size=H,
-            state_dim=shapes["states"][1], action_dim=shapes["actions"][1],
-            mirror=mirror and {name: np.float64(mirror[name]).tolist() for name in mirror},
-            tasks={split: len(tasks[split]) for split in tasks}, source=digest.hexdigest()))
+            write_task(folder, manifest, split, index, tasks[split][index])
+        write_manifest(folder, manifest)
 
 
-def write_task(folder, split, index, demos):
-    """Write one task's file; `demos` is a list of dicts as record_demo returns them."""
+def check_demos(manifest, demos):
+    """Raise ValueError unless a task's demonstrations are as its data set's manifest says."""
+    T, H = manifest["horizon"], manifest["image_size"]
+    shapes = {"frames": (T, H, H, 3), "states": (T, manifest["state_dim"]), "actions": (T, manifest["action_dim"])}
+    for name, array in ((name, np.asarray(demo[name])) for demo in demos for name in shapes):
+        if array.shape != shapes[name] or (array.dtype != np.uint8 if name == "frames" else not np.isfinite(array).all()):
+            raise ValueError(f"{name} must be {'uint8' if name == 'frames' else 'finite'} and of shape {shapes[name]}, "
+                             f"as the first are, not {array.dtype} of shape {array.shape}")
+    if len(demos) != manifest["demos"]:
+        raise ValueError(f"a task has {manifest['demos']} demonstrations, not {len(demos)}")
+
+
+def write_task(folder, manifest, split, index, demos):
+    """Write one task's file; `demos` is a list of dicts as record_demo returns them. Raises ValueError for others."""
+    check_demos(manifest, demos)
     frames = [zlib.compress(frame.tobytes(), 1) for demo in demos for frame in demo["frames"]]
     arrays = {**{name: np.array([demo[name] for demo in demos], np.float32) for name in ("states", "actions")},
               "frames": np.frombuffer(b"".join(frames), np.uint8),
               "offsets": np.cumsum([0] + [len(frame) for frame in frames])}
     path = task_path(folder, split, index)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_checked(path, lambda file: np.savez(file, **arrays))
+    write_checked(path, lambda file: (np.savez(file, **arrays), file.write(task_identity(manifest, split, index))))
+
+
+def same_data(manifest):
+    """What of a manifest makes a data set the same: not how many tasks there are, nor which packages made them."""
+    return {name: value for name, value in manifest.items() if name not in ("tasks", "packages")}
+
+
+def task_identity(manifest, split, index):
+    """32 bytes that end a task's file, so that one of another task or data set is not taken for it."""
+    return bytes.fromhex(digest_of([same_data(manifest), split, index]))
 
 
 def evenly_spaced(horizon, count):
-    """`count` times of a demonstration, evenly spaced, the first and the last included."""
+    """`count` times of a demonstration, evenly spaced, the first and the last included. Raises ValueError for too many."""
+    if not 2 <= count <= horizon:
+        raise ValueError(f"{count} frames of a demonstration that has {horizon}: at least 2, and no more than there are")
     return np.linspace(0, horizon - 1, count).round().astype(int)
 
 
@@ -135,20 +166,25 @@ def task_path(folder, split, index):
     return Path(folder) / split / f"{index:05d}.npz"
 
 
-def make_tasks(folder, manifest, write, workers):
-    """Call `write(split, index)` in parallel for the manifest's tasks that are not there; a manifest that is must agree."""
+def make_tasks(folder, manifest, write, workers, *arguments):
+    """Call `write(folder, manifest, split, index, *arguments)` in parallel for the tasks that are not there yet.
+
+    A manifest that is there must agree.
+    """
     with locked(folder):
         counts, old = manifest["tasks"], {"tasks": {}}
         if (folder / "manifest.json").exists():
             old = read_manifest(folder)
-            if {**old, "tasks": counts} != manifest:
+            if same_data(old) != same_data(manifest):
                 raise UserError(f"{folder} holds data with other settings (seed {old['seed']}, {old['demos']} demos): "
                                 "give the same, or choose another --out")
-        tasks = {split: max(counts.get(split, 0), old["tasks"].get(split, 0)) for split in FULL_DATA["tasks"]}
-        write_manifest(folder, {**manifest, "tasks": tasks})
+            warn_of_packages(old["packages"], folder)
+        tasks = {split: max(counts.get(split, 0), old["tasks"].get(split, 0)) for split in SPLITS}
+        manifest = {**manifest, "packages": installed_packages(), **old, "tasks": tasks}
+        write_manifest(folder, manifest)
         for split in counts:
             remove_stale(folder / split)
-        jobs = [(split, index) for split in counts for index in range(counts[split])
+        jobs = [(folder, manifest, split, index, *arguments) for split in counts for index in range(counts[split])
                 if not task_path(folder, split, index).exists()]
         start = time.monotonic()
         for done, _ in enumerate(parallel(write, jobs, workers or cores()), 1):
@@ -188,10 +224,6 @@ def read_manifest(folder):
         raise UserError(f"{folder} has format version {version}, this program reads {VERSION}: make it anew")
     if version is None or digest != digest_of(manifest):
         raise UserError(f"{path} is damaged: delete it and run the same python data.py again")
-    if "state_dim" not in manifest:  # of an older program, which knew this simulator's and MIL's data only
-        import sim
-        manifest |= dict(state_dim=sim.STATE_DIM, action_dim=sim.ACTION_DIM,
-                         mirror=None if manifest["seed"] is None else sim.MIRROR)
     return manifest
 
 
@@ -202,34 +234,39 @@ class TaskSet:
 
     N tasks with D demonstrations of T steps: `states` (N, D, T, S) and `actions` (N, D, T, A) float32;
     `ends` (N, D, 2, H, W, 3) uint8, the first and last frames; `mirror`, the signs of a mirrored state and
-    action, or None; `manifest`. Raises UserError for missing or damaged files.
+    action, or None; `manifest`. Raises ValueError for an unknown split, UserError for missing, damaged or foreign files.
     """
 
     def __init__(self, folder, split, tasks=None):
+        if split not in SPLITS:
+            raise ValueError(f"the splits are {', '.join(SPLITS)}, not {split!r}")
         self.manifest = read_manifest(folder)
         size, available = self.manifest["image_size"], self.manifest["tasks"].get(split, 0)
         count = available if tasks is None else tasks
-        if count > available:
-            raise UserError(f"{folder} has {available} {split} tasks, not {count}: ask for fewer, or add more by "
-                            f"{data_command(folder, {**self.manifest, 'tasks': {**self.manifest['tasks'], split: count}})}")
+        if not 0 < count <= available:
+            raise UserError(f"{folder} has {available} {split} tasks, not {max(1, count)}: ask for fewer, or add more by "
+                            f"{data_command(folder, {**self.manifest, 'tasks': {**self.manifest['tasks'], split: max(1, count)}})}")
         self.frame_shape = (size, size, 3)
-        arrays = [self._read(task_path(folder, split, index)) for index in range(count)]
+        arrays = [self._read(folder, split, index) for index in range(count)]
         self._frames, self._offsets = ([task[name] for task in arrays] for name in ("frames", "offsets"))
         self.states, self.actions = (np.array([task[name] for task in arrays]) for name in ("states", "actions"))
         self.mirror = self.manifest["mirror"] and {name: np.float32(signs) for name, signs in self.manifest["mirror"].items()}
         self.n_tasks, self.n_demos, self.horizon = count, self.manifest["demos"], self.manifest["horizon"]
         self.ends = self.frames(np.arange(count)[:, None, None], np.arange(self.n_demos)[:, None], evenly_spaced(self.horizon, 2))
 
-    def _read(self, path):
+    def _read(self, folder, split, index):
         """A task's arrays, checked: `states`, `actions`, `offsets`, `frames`."""
+        path = task_path(folder, split, index)
         D, T, S, A = (self.manifest[name] for name in ("demos", "horizon", "state_dim", "action_dim"))
         shapes = {"states": ((D, T, S), "<f4"), "actions": ((D, T, A), "<f4"), "offsets": ((D * T + 1,), "<i8"),
                   "frames": ((None,), "|u1")}
-        remedy = data_command(path.parents[1], self.manifest)
+        remedy = data_command(folder, self.manifest)
         try:
-            arrays = read_arrays(path, shapes)
+            arrays = read_arrays(path, shapes, task_identity(self.manifest, split, index))
             if len(arrays["frames"]) != arrays["offsets"][-1]:
                 raise ValueError("is damaged")
+            if not all(np.isfinite(arrays[name]).all() for name in ("states", "actions")):
+                raise ValueError("holds numbers that are not finite")
         except FileNotFoundError:
             raise UserError(f"{path} is missing: finish the data set by {remedy}")
         except ValueError as error:
@@ -237,7 +274,10 @@ class TaskSet:
         return arrays
 
     def frame(self, task, demo, time):
-        """The frame (H, W, 3) uint8 at one time of one demo."""
+        """The frame (H, W, 3) uint8 at one time of one demo. Raises IndexError where there is none."""
+        if not (0 <= task < self.n_tasks and 0 <= demo < self.n_demos and 0 <= time < self.horizon):
+            raise IndexError(f"no frame of task {task}, demo {demo}, time {time}: there are {self.n_tasks} tasks of "
+                             f"{self.n_demos} demos of {self.horizon} frames")
         at = demo * self.horizon + time
         start, stop = self._offsets[task][at:at + 2]
         try:
@@ -272,18 +312,23 @@ class TaskLoader:
     are in one, and n the `demo_frames` of a support demo, evenly spaced: `frames_U` (B, K, n, H, W, 3), `frames_q`
     (B, Q, 2, H, W, 3), `images` (B, 2, F, H, W, 3), `states` (B, 2, F, S), `actions` (B, 2, F, A). What was drawn is
     told by `tasks` (B,), `mirrored` (B,), `demos` (B, K + Q), `control_demos` (B, 2, F) and `times` (B, 2, F).
-    Batches are prepared ahead on a background thread. Raises UserError if B or K + Q are too many.
+    Batches are prepared ahead on a background thread. Raises UserError if B or K + Q are too many, ValueError for
+    numbers that make no sense.
     """
 
     def __init__(self, task_set, B, K, Q, F, seed, early=1.0, random_support=False, mirror=False, demo_frames=2, ahead=3):
+        for name, value in dict(B=B, K=K, Q=Q, F=F, early=early, ahead=ahead).items():
+            if (value if name == "early" else operator.index(value)) < 1 or not math.isfinite(value):
+                raise ValueError(f"{name} is a number from 1 on, not {value}")
+        self.demo_times = evenly_spaced(task_set.horizon, demo_frames)
         if B > task_set.n_tasks:
-            raise UserError(f"a batch of {B} tasks needs as many, the data set has {task_set.n_tasks}: lower --batch")
+            raise UserError(f"a batch of {B} tasks needs as many, there are {task_set.n_tasks}: lower --batch, or take more tasks")
         if K + Q > task_set.n_demos:
             raise UserError(f"K + Q = {K} + {Q} demos are more than the {task_set.n_demos} of a task: lower --support or --query")
         if mirror and not task_set.mirror:
             raise UserError("nothing tells how these data look in a mirror: give write_data_set its signs, or use --mirror 0")
         self.task_set, self.B, self.K, self.Q, self.F, self.seed, self.early = task_set, B, K, Q, F, seed, early
-        self.random_support, self.mirror, self.demo_frames = random_support, mirror, demo_frames
+        self.random_support, self.mirror = random_support, mirror
         self.position = 0
         self._pool, self._ahead, self._queue = ThreadPoolExecutor(1), ahead, collections.deque()
 
@@ -300,10 +345,10 @@ class TaskLoader:
         control_demos = np.take_along_axis(demos[:, None], picks, 2)  # (B, 2, F)
         times = (data.horizon * rng.random((B, 2, F)) ** self.early).astype(int)
         at = tasks[:, None, None], control_demos, times
-        if self.demo_frames == 2:
+        if len(self.demo_times) == 2:
             frames_U = data.ends[tasks[:, None], demos[:, :K]]
         else:
-            frames_U = data.frames(tasks[:, None, None], demos[:, :K, None], evenly_spaced(data.horizon, self.demo_frames))
+            frames_U = data.frames(tasks[:, None, None], demos[:, :K, None], self.demo_times)
         batch = {"frames_U": frames_U, "frames_q": data.ends[tasks[:, None], demos[:, K:]],
                  "images": data.frames(*at), "states": data.states[at], "actions": data.actions[at]}
         for name in ("frames_U", "frames_q", "images"):
@@ -335,14 +380,14 @@ def main():
     parser = Parser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", required=True, help="folder of the data set")
     for split, name in (("train", "training"), ("val", "validation"), ("test", "test")):
-        parser.add_argument(f"--{split}", type=number(int, 1), default=FULL_DATA["tasks"][split], help=f"{name} tasks")
+        parser.add_argument(f"--{split}", type=number(int, 1, 10 ** 7), default=FULL_DATA["tasks"][split], help=f"{name} tasks")
     parser.add_argument("--demos", type=number(int, 2), default=FULL_DATA["demos"], help="demonstrations a task")
     parser.add_argument("--workers", type=number(int, 1), default=cores(), help="processes")
     parser.add_argument("--seed", type=number(int, 0), default=FULL_DATA["seed"], help="seed of all demonstrations")
     args = parser.parse_args()
     generate(args.out, {"test": args.test, "val": args.val, "train": args.train}, args.demos, args.seed, args.workers)
-    print(f"{args.out}: {read_manifest(args.out)['tasks']} tasks")
+    say(f"{args.out}: {read_manifest(args.out)['tasks']} tasks")
 
 
 if __name__ == "__main__":
-    command(main)
+    command(main, "lower --workers")

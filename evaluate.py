@@ -12,7 +12,9 @@ seed the rows are the same, whatever the number of workers. An interrupted evalu
 finished trial is in DIR/trials.jsonl. Demonstrations come from the data set, or are recorded on the fly.
 """
 import argparse
+import functools
 import hashlib
+import itertools
 import json
 import math
 import statistics
@@ -26,7 +28,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 import sim
-from common import Parser, UserError, command, cores, locked, number, parallel, progress, write_atomically
+from common import (Parser, UserError, command, cores, installed_packages, locked, number, parallel, progress, say,
+                    warn_of_packages, write_atomically, writing)
 from data import FULL_DATA, TaskSet, evenly_spaced, record_demo
 from train import METHODS, load_model
 
@@ -99,27 +102,23 @@ def rollout(env, policy, task, seed, film=None, film_size=None):
 
 # Trials ---------------------------------------------------------------------------------------
 
-def _start_worker(checkpoint):
-    global _network
-    torch.set_num_threads(1)  # more would fight over the cores of the other workers
-    _network = checkpoint and _load_network(checkpoint)
-
-
+@functools.lru_cache(maxsize=1)
 def _load_network(checkpoint):
     model, content = load_model("the checkpoint", content=checkpoint)
     return model, content["options"]["demo_frames"]
 
 
-def _run_task(policy_name, split, index, trials, shots, seed, demos, demo_seed, films, film_failures, out):
+def _run_task(policy_name, checkpoint, split, index, trials, shots, seed, demos, demo_seed, films, film_failures, out):
     """The trials of one task with one number of shots: rows, each also appended to the record."""
     task = sim.make_task(split, index)
-    env = sim.PushEnv(render=policy_name not in ("expert", "random") or films or film_failures)
+    pictures = policy_name not in ("expert", "random") or films or film_failures
+    env = sim.PushEnv(render_mode="rgb_array" if pictures else None)
     demos = [record_demo(env, task, demo, demo_seed) if isinstance(demo, int) else demo for demo in demos]
-    special = {"no-demo": lambda trial: NoDemoPolicy(*_network), "expert": lambda trial: ExpertPolicy(env),
+    special = {"no-demo": lambda trial: NoDemoPolicy(*_load_network(checkpoint)), "expert": lambda trial: ExpertPolicy(env),
                "random": lambda trial: RandomPolicy([seed, index, trial])}
 
     def run(trial, *film):
-        policy = special.get(policy_name, lambda trial: NetworkPolicy(*_network))(trial)
+        policy = special.get(policy_name, lambda trial: NetworkPolicy(*_load_network(checkpoint)))(trial)
         policy.adapt(demos)
         scene = [seed, sim.split_key(split), index // 2, trial]  # the same for both tasks of a pair
         return rollout(env, policy, task, int(np.random.default_rng(scene).integers(2 ** 31)), *film)
@@ -140,9 +139,9 @@ def _run_task(policy_name, split, index, trials, shots, seed, demos, demo_seed, 
                 continue  # these trials are recorded together, with their GIF
             save_gif(out / f"task{index:02d}-shots{shots}.gif", [demo["frames"] for demo in demos[:1]], filmed)
         if out:
-            with open(out / "trials.jsonl", "a") as file:  # a kill can cut the last line, which is then run again
+            with writing(out / "trials.jsonl"), open(out / "trials.jsonl", "a") as file:
                 file.write("".join(_line(row) for row in rows[recorded:]))
-            recorded = len(rows)
+            recorded = len(rows)  # of a last line that a kill has cut the trial is run again
     env.close()
     return rows
 
@@ -170,9 +169,9 @@ def run_trials(policy, split, tasks, trials, shots, seed, workers, checkpoint=No
             times = range(data.horizon) if filmed or film_failures else evenly_spaced(data.horizon, demo_frames)
             chosen = [{"frames": data.frames(index, demo, times)} for demo in chosen]
         if missing:
-            jobs.append((policy, split, index, missing, shots, seed, chosen, demo_seed, filmed, film_failures, out))
+            jobs.append((policy, checkpoint, split, index, missing, shots, seed, chosen, demo_seed, filmed, film_failures, out))
     start, before = time.monotonic(), len(rows)
-    for task_rows in parallel(_run_task, jobs, workers, _start_worker, (checkpoint,)):
+    for task_rows in parallel(_run_task, jobs, workers):
         rows += task_rows
         left = len(tasks) * trials - len(rows)
         progress(f"{policy}, {shots} shots: {len(rows)}/{len(tasks) * trials} trials, "
@@ -186,8 +185,19 @@ def _line(values):
     return f"{zlib.crc32(text.encode()):08x} {text}\n"
 
 
-def resume(record, header):
-    """The rows of the trials.jsonl of an interrupted evaluation; begins the file if there is none.
+def plan(evaluation):
+    """The set of (shots, task, trial) of an evaluation."""
+    tasks = evaluation["tasks"]
+    tasks = tasks if isinstance(tasks, list) else range(tasks)
+    return set(itertools.product(evaluation["shots"], tasks, range(evaluation["trials"])))
+
+
+def keyed(rows):
+    return {(row["shots"], row["task"], row["trial"]): row for row in rows}
+
+
+def resume(record, evaluation):
+    """The rows of the trials.jsonl of an interrupted evaluation, each once; begins the file if there is none.
 
     Raises UserError if it is damaged or belongs to another evaluation.
     """
@@ -200,11 +210,15 @@ def resume(record, header):
                 lines.append(None)
             if _line(lines[-1]) != line + "\n":
                 raise UserError(f"{record} is damaged: delete it to evaluate anew")
-        if lines[:1] not in ([header], []):
-            raise UserError(f"{record} belongs to another evaluation: choose another --out, or delete it")
-    rows = lines[1:]
-    write_atomically(record, lambda file: file.writelines(_line(values).encode() for values in [header, *rows]))
-    return rows
+    header = lines[0] if lines else {**evaluation, "packages": installed_packages()}
+    packages = header.pop("packages", {})
+    rows = keyed(lines[1:])
+    if header != evaluation or not rows.keys() <= plan(evaluation) or any(row not in rows.values() for row in lines[1:]):
+        raise UserError(f"{record} belongs to another evaluation: choose another --out, or delete it")
+    warn_of_packages(packages, record)
+    lines = [{**header, "packages": packages}, *rows.values()]
+    write_atomically(record, lambda file: file.writelines(_line(values).encode() for values in lines))
+    return list(rows.values())
 
 
 # Results --------------------------------------------------------------------------------------
@@ -300,8 +314,8 @@ def embedding_map(path, model, data, train_data, side=1600, thumbnail=120):
     nearness, nearest = (s_U @ s_train.T).max(-1)
 
     points = s_q[:, 0] - s_q[:, 0].mean(0)  # one demo a task is drawn
-    points = points @ torch.linalg.svd(points, full_matrices=False).Vh[:2].T
-    points = (points - points.amin(0)) / (points.amax(0) - points.amin(0)) * (side - thumbnail)
+    points = points @ torch.linalg.svd(points).Vh[:2].T
+    points = (points - points.amin(0)) / (points.amax(0) - points.amin(0)).clamp(min=1e-9) * (side - thumbnail)
     canvas = Image.new("RGB", (side, side), "white")
     for task, (x, y) in enumerate(points.round().int().tolist()):
         canvas.paste(Image.fromarray(data.ends[task, 0, 1]).resize((thumbnail, thumbnail)), (x, y))
@@ -317,9 +331,9 @@ def parse():
     parser.add_argument("--checkpoint", default=SHIPPED, help="of a network (default: the weights in results/)")
     parser.add_argument("--data", default="data/push", help="data set to take demonstrations from, if it is there")
     parser.add_argument("--split", choices=sim.SPLITS, default="test")
-    parser.add_argument("--tasks", type=number(int, 1), default=FULL_DATA["tasks"]["test"], help="the first tasks of the split")
+    parser.add_argument("--tasks", type=number(int, 1, 10 ** 6), default=FULL_DATA["tasks"]["test"], help="the first tasks of the split")
     parser.add_argument("--only", type=number(int, 0), nargs="+", metavar="TASK", help="these tasks in place of --tasks")
-    parser.add_argument("--trials", type=number(int, 1), default=6, help="trials a task")
+    parser.add_argument("--trials", type=number(int, 1, 10 ** 6), default=6, help="trials a task")
     parser.add_argument("--shots", type=number(int, 1), nargs="+", default=[1, 5], help="demonstrations a task")
     parser.add_argument("--seed", type=number(int, 0), default=0, help="of the trials and the choice of demonstrations")
     parser.add_argument("--workers", type=number(int, 1), default=cores(), help="processes")
@@ -336,6 +350,9 @@ def read_network(args):
     """(the model, its checkpoint's dict, the checkpoint's bytes), checked against the arguments and the simulator."""
     model, content = load_model(args.checkpoint)
     method, c = content["options"]["method"], model.settings
+    if content["options"]["demo_frames"] > sim.HORIZON:
+        raise UserError(f"{args.checkpoint} reads {content['options']['demo_frames']} frames of a demonstration, which has "
+                        f"{sim.HORIZON}: take another checkpoint")
     if args.policy not in (None, method) and (args.policy, method) != ("no-demo", "tecnets"):
         raise UserError(f"{args.checkpoint} is of the method {method}: leave --policy out or take another checkpoint")
     if (c.image_size, c.state_dim, c.action_dim) != (sim.IMAGE_SIZE, sim.STATE_DIM, sim.ACTION_DIM):
@@ -351,8 +368,8 @@ def draw_map(args, policy, model):
         raise UserError(f"only tecnets has sentences to draw, not {policy}: take another checkpoint")
     figures = embedding_map(args.embedding_map, model, TaskSet(args.data, args.split, args.tasks), TaskSet(args.data, "train"))
     write_atomically(f"{args.embedding_map}.json", lambda file: file.write(json.dumps(figures, indent=1).encode()))
-    print(f"{figures['retrieval']:.1%} of {figures['demos']} demonstrations are nearest to their own among "
-          f"{figures['tasks']} tasks; figures in {args.embedding_map}.json")
+    say(f"{figures['retrieval']:.1%} of {figures['demos']} demonstrations are nearest to their own among "
+        f"{figures['tasks']} tasks; figures in {args.embedding_map}.json")
 
 
 def read_demonstrations(args, policy, tasks):
@@ -360,7 +377,7 @@ def read_demonstrations(args, policy, tasks):
     if policy not in METHODS:
         return None
     if not (Path(args.data) / "manifest.json").exists():
-        print(f"no data set in {args.data}: recording the demonstrations on the fly")
+        say(f"no data set in {args.data}: recording the demonstrations on the fly")
         return None
     data = TaskSet(args.data, args.split, max(tasks) + 1)
     if data.manifest["seed"] is None:
@@ -374,7 +391,9 @@ def finished_report(path, evaluation):
         return None
     try:
         report = json.loads(path.read_text())
-        same = report["evaluation"] == evaluation
+        rows = [row for result in report["results"] for row in result["trials"]]
+        same = report["evaluation"] == evaluation and keyed(rows).keys() == plan(evaluation) and \
+            len(rows) == len(keyed(rows)) == sum(result["n_trials"] for result in report["results"])
     except (ValueError, KeyError, TypeError):
         same = False
     if not same:
@@ -407,16 +426,16 @@ def main():
                 rows = run_trials(policy, args.split, tasks, args.trials, k, args.seed, args.workers,
                                   checkpoint, data, args.gif, args.film_failures, out, done)
                 results.append(summary(policy, args.split, k, args.seed, rows, time.monotonic() - start))
-            report = {"evaluation": evaluation, "results": results}
+            report = {"evaluation": evaluation, "packages": installed_packages(), "results": results}
             if checkpoint:
                 trained = {name: content[name] for name in ("step", "seconds", "options")}
                 report["network"] = {**measure_costs(checkpoint), **trained}
             write_atomically(out / "results.json", lambda file: file.write(json.dumps(report, indent=1).encode()))
         (out / "trials.jsonl").unlink(missing_ok=True)
-    print(table(report["results"]))
+    say(table(report["results"]))
     if films := sorted(str(path) for path in out.glob("*.gif")):
-        print("films:", *films)
+        say("films:", *films)
 
 
 if __name__ == "__main__":
-    command(main)
+    command(main, "lower --workers")

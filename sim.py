@@ -6,11 +6,15 @@ ranges, the camera, the control rate and the success rule are those of MIL's sim
 (Finn et al., CoRL 2017), the benchmark of the TecNets paper. Lengths are metres, angles radians,
 torques newton metres; the goal is the origin, +x points from the robot to the camera.
 """
+import collections
 import colorsys
 import contextlib
 import ctypes
 import functools
+import io
+import locale
 import math
+import operator
 import os
 import sys
 import tempfile
@@ -22,28 +26,55 @@ import numpy as np
 from PIL import Image
 
 
+_libc = ctypes.CDLL(None)
+_libc.fopen.restype = _libc.newlocale.restype = _libc.uselocale.restype = ctypes.c_void_p
+# PyBullet prints when it is imported, to C's stderr: that leads nowhere meanwhile. Python's, and the descriptor, stay.
+_stderr = ctypes.c_void_p.in_dll(_libc, "stderr" if sys.platform == "linux" else "__stderrp")
+_before, _stderr.value = _stderr.value, _libc.fopen(os.devnull.encode(), b"w")
+import pybullet
+import pybullet_data
+from pybullet_utils.bullet_client import BulletClient
+_stderr.value = _before
+
+
 @contextlib.contextmanager
-def _quiet():
-    """PyBullet's C code prints banners at import and at every connect; drop them."""
-    saved = [(stream, os.dup(stream)) for stream in (1, 2)]
-    null = os.open(os.devnull, os.O_WRONLY)
-    sys.stdout.flush()
+def _decimal_points():
+    """PyBullet reads and writes numbers as the locale does, some with commas: within, this thread uses points."""
+    before = _libc.uselocale(ctypes.c_void_p(_libc.newlocale(1 << locale.LC_NUMERIC, b"C", None)))
     try:
-        for stream, _ in saved:
-            os.dup2(null, stream)
         yield
     finally:
-        ctypes.CDLL(None).fflush(None)
-        for stream, copy in saved:
-            os.dup2(copy, stream)
-            os.close(copy)
-        os.close(null)
+        _libc.freelocale(ctypes.c_void_p(_libc.uselocale(ctypes.c_void_p(before))))
 
 
-with _quiet():
-    import pybullet
-    import pybullet_data
-    from pybullet_utils.bullet_client import BulletClient
+class _Client(BulletClient):
+    """A physics client; BulletClient itself makes PyBullet print."""
+
+    def __init__(self):
+        self._shapes, self._pid, self._client = {}, os.getpid(), pybullet.connect(pybullet.DIRECT)
+
+
+def _for_pybullet(path):
+    """A path as PyBullet takes it, which encodes names in UTF-8 whatever the locale. Raises OSError if it cannot."""
+    try:
+        return os.fsencode(path).decode()
+    except UnicodeDecodeError:
+        raise OSError(f"PyBullet cannot open {path!r}, whose name is not UTF-8: move it, or set TMPDIR if it is temporary")
+
+
+@contextlib.contextmanager
+def _temporary_file(suffix, content):
+    """The path of a file with some bytes, since PyBullet reads files only; it is deleted in the end. Raises OSError."""
+    try:
+        file = tempfile.NamedTemporaryFile(suffix=suffix)
+        file.write(content)
+        file.flush()
+    except OSError as error:
+        raise OSError(f"no temporary file can be written in {tempfile.tempdir or 'TMPDIR'} ({error.strerror}): "
+                      "make room there, or set TMPDIR to another folder")
+    with file:
+        yield _for_pybullet(file.name)
+
 
 # The benchmark's rules (MIL's simulated pushing).
 CONTROL_HZ = 20
@@ -105,6 +136,10 @@ class Appearance:
     colours: tuple
     seed: int
 
+    def __post_init__(self):
+        if self.pattern not in PATTERNS or np.shape(self.colours) != (2, 3) or not 0 <= np.min(self.colours) <= np.max(self.colours) <= 1:
+            raise ValueError(f"an appearance has a pattern of {', '.join(PATTERNS)} and two colours in [0, 1], not {self}")
+
 
 @dataclass(frozen=True)
 class Body:
@@ -117,6 +152,10 @@ class Body:
     mass: float
     friction: float
     appearance: Appearance
+
+    def __post_init__(self):
+        if not (0 < self.size < math.inf and 0 < self.mass < math.inf and 0 <= self.friction < math.inf):
+            raise ValueError(f"a body has a size and a mass above 0 and a friction of 0 or more, not {self}")
 
 
 @dataclass(frozen=True)
@@ -134,12 +173,12 @@ class Task:
 def make_task(split, index):
     """The task of a split ("train", "val", "test") with an index >= 0, always the same one.
 
-    Raises ValueError for an unknown split or a negative index.
+    Raises ValueError for an unknown split or a negative index, TypeError for one that is no whole number.
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: choose from {', '.join(SPLITS)}")
-    if index < 0:
-        raise ValueError(f"task index must be 0 or more, not {index}")
+    if operator.index(index) < 0:
+        raise ValueError(f"a task's index is 0 or more, not {index}")
     pair, swapped = divmod(index, 2)
     rng = np.random.default_rng([SPLITS.index(split), pair])
     meshes = MESHES[split]
@@ -183,7 +222,7 @@ def _mesh(mesh_id):
     if isinstance(mesh_id, int):
         path = os.path.join(pybullet_data.getDataPath(), "random_urdfs", f"{mesh_id:03d}", f"{mesh_id:03d}.obj")
     vertices, faces = [], []
-    with open(path) as file:
+    with open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
             kind, *values = line.split() or [""]
             if kind == "v":
@@ -192,7 +231,7 @@ def _mesh(mesh_id):
                 faces.append([int(v.split("/")[0]) - 1 for v in values])
     if {len(face) for face in faces} != {3} or np.min(faces) < 0:
         raise ValueError(f"{path} must have triangles, with vertices counted from its beginning")
-    return path, np.array(vertices), np.array(faces)
+    return _for_pybullet(path), np.array(vertices), np.array(faces)
 
 
 def body_shape(body):
@@ -207,22 +246,22 @@ def body_shape(body):
     return scale, centre, float(radius)
 
 
-def _write_textured(file, triangles):
-    """Write an OBJ of triangles (T, 3, 3), each flat, its texture projected along the axis that it faces most."""
+def _textured(triangles):
+    """An OBJ, as bytes, of triangles (T, 3, 3), each flat, its texture projected along the axis that it faces most."""
     normals = np.cross(triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0])
     normals /= np.linalg.norm(normals, axis=1, keepdims=True) + 1e-12
     facing = np.abs(normals).argmax(1)
     uvs = np.take_along_axis(triangles, np.array([[1, 2], [0, 2], [0, 1]])[facing][:, None], 2) / 0.08
-    for kind, rows in (("v", triangles.reshape(-1, 3)), ("vt", uvs.reshape(-1, 2)), ("vn", normals)):
-        file.writelines(f"{kind} {' '.join(map(repr, row))}\n" for row in rows.tolist())
-    for i in range(len(triangles)):
-        file.write("f " + " ".join(f"{j}/{j}/{i + 1}" for j in (3 * i + 1, 3 * i + 2, 3 * i + 3)) + "\n")
-    file.flush()
+    lines = [f"{kind} {' '.join(map(repr, row))}\n" for kind, rows in
+             (("v", triangles.reshape(-1, 3)), ("vt", uvs.reshape(-1, 2)), ("vn", normals)) for row in rows.tolist()]
+    lines += ["f " + " ".join(f"{j}/{j}/{i + 1}" for j in (3 * i + 1, 3 * i + 2, 3 * i + 3)) + "\n"
+              for i in range(len(triangles))]
+    return "".join(lines).encode()
 
 
 @functools.lru_cache(maxsize=1)
 def _arm_urdf():
-    """Text of pybullet_data's iiwa with the fork, without collision shapes and hidden visuals."""
+    """The URDF, as bytes, of pybullet_data's iiwa with the fork, without collision shapes and hidden visuals."""
     folder = os.path.join(pybullet_data.getDataPath(), "kuka_iiwa")
     tree = ElementTree.parse(os.path.join(folder, "model.urdf"))
     root = tree.getroot()
@@ -230,7 +269,7 @@ def _arm_urdf():
         link.remove(link.find("collision"))
         if number in DRAWN_LINKS:
             mesh = link.find("visual").find(".//mesh")
-            mesh.set("filename", os.path.join(folder, mesh.get("filename")))
+            mesh.set("filename", _for_pybullet(os.path.join(folder, mesh.get("filename"))))
         else:
             link.remove(link.find("visual"))
     boxes = [((0.012, FORK_WIDTH, 0.04), (0, 0, 0)), ((0.02, 0.02, STEM), (0, 0, -STEM / 2))]
@@ -244,14 +283,13 @@ def _arm_urdf():
           <inertia ixx="0.003" iyy="0.003" izz="0.003" ixy="0" ixz="0" iyz="0"/></inertial>{shapes}</link>
         <joint name="fork_joint" type="fixed"><parent link="lbr_iiwa_link_7"/><child link="fork"/>
           <origin xyz="0 0 {0.045 + STEM}"/></joint></fork>"""))
-    return ElementTree.tostring(root, encoding="unicode")
+    return ElementTree.tostring(root, encoding="utf-8")
 
 
 @functools.lru_cache(maxsize=4)
 def _background(size):
     """The empty scene, RGBA (size, size) as uint32: all that stands behind the moving bodies."""
-    with _quiet():
-        client = BulletClient(pybullet.DIRECT)
+    client = _Client()
     table = client.createVisualShape(client.GEOM_BOX, halfExtents=(TABLE_EDGE, TABLE_EDGE, 0.01), rgbaColor=(*TABLE_RGB, 1))
     client.createMultiBody(0, -1, table, (0, 0, -0.01))
     disc = client.createVisualShape(client.GEOM_CYLINDER, radius=GOAL_RADIUS, length=0.001, rgbaColor=(*GOAL_RGB, 1))
@@ -271,55 +309,113 @@ def _camera(client, size):
     return pixels.reshape(size, size), np.asarray(segmentation).reshape(size, size) >= 0
 
 
-class PushEnv:
-    """The pushing task, with the calls of a Gymnasium environment.
+Box = collections.namedtuple("Box", "low high shape dtype")  # what Gymnasium's says of an array
 
-    An observation is a dict of `state` (20,) float32 and, with `render`, `image`
+
+class PushEnv:
+    """The pushing task, with the calls of a Gymnasium environment and what they promise.
+
+    An observation is a dict of `state` (20,) float32 and, with the render_mode "rgb_array", `image`
     (image_size, image_size, 3) uint8, both of the same instant. The reward is 1.0 while the target
     is within SUCCESS_DISTANCE of the goal. `info` has `distance` (of the target from the goal),
     `distractor_displacement`, `success`, and `lost`: an object is wholly below or off the table. An episode's
     course depends on the task, the seed and the actions only: every reset starts a fresh physics client.
+    Raises RuntimeError where an episode is needed and none is running, TypeError if a running one is to be copied.
+
+    For Gymnasium itself:
+
+        class Pushing(gymnasium.Env):
+            metadata, render_mode = PushEnv.metadata, "rgb_array"
+            def __init__(self, task):
+                self.env, box = PushEnv(), lambda b: gymnasium.spaces.Box(b.low, b.high, b.shape, b.dtype)
+                self.action_space, spaces = box(self.env.action_space), self.env.observation_space
+                self.observation_space = gymnasium.spaces.Dict({name: box(space) for name, space in spaces.items()})
+                self.task, self.step, self.render, self.close = task, self.env.step, self.env.render, self.env.close
+            def reset(self, *, seed=None, options=None):
+                super().reset(seed=seed)
+                return self.env.reset(seed=seed, options={"task": self.task, **(options or {})})
     """
 
-    def __init__(self, image_size=IMAGE_SIZE, render=True):
-        self.image_size, self.render = image_size, render
-        self.client = None
+    metadata = {"render_modes": ["rgb_array"], "render_fps": CONTROL_HZ}
+    action_space = Box(-1.0, 1.0, (ACTION_DIM,), np.float32)
+
+    def __init__(self, image_size=IMAGE_SIZE, render_mode="rgb_array"):
+        if render_mode not in (None, *self.metadata["render_modes"]):
+            raise ValueError(f'render_mode is "rgb_array" or None, not {render_mode!r}')
+        self.image_size, self.render_mode = image_size, render_mode
+        self._client = self._rng = None
+        if operator.index(image_size) < 1:
+            raise ValueError(f"image_size is 1 or more, not {image_size}")
+
+    @property
+    def observation_space(self):
+        """A dict of a Box for every entry of an observation."""
+        spaces = {"state": Box(-np.inf, np.inf, (STATE_DIM,), np.float32)}
+        return spaces | ({"image": Box(0, 255, (self.image_size, self.image_size, 3), np.uint8)} if self.render_mode else {})
+
+    @property
+    def client(self):
+        """The physics client of the running episode."""
+        if self._client is None:
+            raise RuntimeError("no episode is running: call reset first")
+        return self._client
+
+    def __getstate__(self):
+        if self._client is not None:
+            raise TypeError("the physics of a running PushEnv cannot be copied or pickled: close it, or make another")
+        return self.__dict__
 
     def reset(self, *, seed=None, options=None):
         """Start an episode; `options` holds the `task` and, if wanted, the target's `side` (1 or -1).
 
         With the option `swap` the distractor is placed first, the target second: the tasks of a pair,
-        one of them swapped, start from the same scene for the same seed. Returns (obs, info). Raises
-        ValueError without a task.
+        one of them swapped, start from the same scene for the same seed. Without a seed the generator of the
+        last one goes on. Returns (obs, info). Raises ValueError without a task, for other options, and for
+        bodies that do not fit.
         """
-        options = options or {}
-        if "task" not in options:
-            raise ValueError('reset needs options={"task": make_task(split, index)}')
-        self.task, self._rng = options["task"], np.random.default_rng(seed)
+        options = {"side": None, "swap": False, **(options or {})}
+        if options.keys() != {"task", "side", "swap"} or not isinstance(options["task"], Task) or \
+                options["side"] not in (None, 1, -1) or options["swap"] not in (False, True):
+            raise ValueError('reset needs options={"task": make_task(split, index)}, and takes a "side" of 1 or -1 and a '
+                             f'"swap" of True or False, not {options}')
         self.close()
-        with _quiet():
-            self.client = client = BulletClient(pybullet.DIRECT)
+        self.task = options["task"]
+        if seed is not None or self._rng is None:
+            self._rng = np.random.default_rng(seed)
+        self._client = _Client()
+        try:
+            with _decimal_points():
+                self._build(options["side"], options["swap"])
+        except BaseException:
+            self.close()
+            raise
+        self.steps = self.steps_at_goal = 0
+        self._distractor_start = self.distractor_position
+        return self._observe(), self._info()
+
+    def _build(self, side, swap):
+        client = self.client
         client.setGravity(0, 0, -9.81)
         client.setTimeStep(1 / CONTROL_HZ / SUBSTEPS)
         client.setPhysicsEngineParameter(enableFileCaching=0)  # would keep every file's bytes for ever
         unseen = client.createVisualShape(client.GEOM_BOX, halfExtents=(0.01,) * 3, visualFramePosition=(0, 0, -99))
         table = client.createMultiBody(0, client.createCollisionShape(client.GEOM_PLANE), unseen)
         client.changeDynamics(table, -1, lateralFriction=1)
-        self._place_objects(options.get("side"), options.get("swap", False))
+        self._place_objects(side, swap)
         self._load_arm()
-        self.steps = self.steps_at_goal = 0
-        self._distractor_start = self.distractor_position
-        return self._observe(), self._info()
 
     def step(self, action):
         """Apply an action (7,) in [-1, 1], clipped, for one control step (1/20 s).
 
-        Returns (obs, reward, terminated, truncated, info). Raises ValueError for a wrong shape or NaN.
+        Returns (obs, reward, terminated, truncated, info). Raises ValueError for a wrong shape or NaN, RuntimeError
+        after the end of an episode.
         """
+        client = self.client
+        if self.steps >= HORIZON:
+            raise RuntimeError(f"the episode has ended after {HORIZON} steps: call reset")
         action = np.asarray(action, np.float64)
         if action.shape != (ACTION_DIM,) or not np.isfinite(action).all():
             raise ValueError(f"an action is {ACTION_DIM} finite numbers, not {action}")
-        client = self.client
         gravity = client.calculateInverseDynamics(self.arm, self.q.tolist(), [0] * 7, [0] * 7)
         torques = (np.clip(action, -1, 1) * TORQUE + gravity).tolist()
         apply = functools.partial(client.setJointMotorControlArray, self.arm, list(range(7)), client.TORQUE_CONTROL,
@@ -341,9 +437,14 @@ class PushEnv:
 
     def close(self):
         """End the physics client; the environment can be reset again."""
-        if self.client is not None:
-            self.client.disconnect()
-            self.client = None
+        if self._client is not None:
+            with contextlib.suppress(pybullet.error):  # another part of the process may have ended it
+                self._client.disconnect()
+            self._client = None
+
+    def render(self):
+        """The scene as it is now, (image_size, image_size, 3) uint8."""
+        return self.picture(self.image_size)
 
     @property
     def target_position(self):
@@ -387,28 +488,25 @@ class PushEnv:
         scale, centre, _ = body_shape(body)
         collision = client.createCollisionShape(client.GEOM_MESH, fileName=path, meshScale=scale.tolist(),
                                                 collisionFramePosition=(-centre * scale).tolist())
-        with tempfile.NamedTemporaryFile("w", suffix=".obj") as file:  # lists in its place would leak in PyBullet
-            visual = -1
-            if self.render:
-                _write_textured(file, ((vertices - centre) * scale)[faces])
-                visual = client.createVisualShape(client.GEOM_MESH, fileName=file.name)
+        obj = _textured(((vertices - centre) * scale)[faces]) if self.render_mode else b""
+        with _temporary_file(".obj", obj) as name:  # lists in its place would leak in PyBullet
+            visual = client.createVisualShape(client.GEOM_MESH, fileName=name) if obj else -1
             body_id = client.createMultiBody(  # reads the file again
                 body.mass, collision, visual, (*place, (np.ptp(vertices, axis=0) * scale)[2] / 2 + 0.001), turn)
         client.changeDynamics(body_id, -1, lateralFriction=body.friction, rollingFriction=0.002,
                               spinningFriction=0.002)
-        if self.render:
-            with tempfile.NamedTemporaryFile(suffix=".png") as file:
-                _texture(body.appearance).save(file.name)
-                client.changeVisualShape(body_id, -1, textureUniqueId=client.loadTexture(file.name), rgbaColor=(1,) * 4)
+        if self.render_mode:
+            png = io.BytesIO()
+            _texture(body.appearance).save(png, "png")
+            with _temporary_file(".png", png.getvalue()) as name:
+                client.changeVisualShape(body_id, -1, textureUniqueId=client.loadTexture(name), rgbaColor=(1,) * 4)
         return body_id
 
     def _load_arm(self):
         client = self.client
-        with tempfile.NamedTemporaryFile("w", suffix=".urdf") as file:
-            file.write(_arm_urdf())
-            file.flush()
+        with _temporary_file(".urdf", _arm_urdf()) as name:
             # Inertias recomputed from the fork's thin boxes would let the last joint spin freely.
-            self.arm = client.loadURDF(file.name, BASE, useFixedBase=True, flags=client.URDF_USE_INERTIA_FROM_FILE)
+            self.arm = client.loadURDF(name, BASE, useFixedBase=True, flags=client.URDF_USE_INERTIA_FROM_FILE)
         client.setJointMotorControlArray(self.arm, range(7), client.VELOCITY_CONTROL, forces=[0] * 7)
         speeds = self._rng.uniform(-START_SPEED, START_SPEED, 7)
         for joint in range(7):
@@ -425,15 +523,18 @@ class PushEnv:
         self.fork_position, self.fork_rotation = np.array(fork[4]), np.reshape(
             client.getMatrixFromQuaternion(fork[5]), (3, 3))
         obs = {"state": np.concatenate([self.q, self.dq, self.fork_position, np.zeros(3)]).astype(np.float32)}
-        if self.render:
-            obs["image"] = self.picture(self.image_size)
+        if self.render_mode:
+            obs["image"] = self.render()
         return obs
 
     def picture(self, image_size):
         """The scene as it is now, (image_size, image_size, 3) uint8, antialiased.
 
-        The bodies are drawn over the empty scene: the same picture as drawing it all, but faster.
+        The bodies are drawn over the empty scene: the same picture as drawing it all, but faster. Raises ValueError
+        without a render_mode: the bodies were not given their looks.
         """
+        if not self.render_mode or image_size < 1:
+            raise ValueError(f'pictures need PushEnv(render_mode="rgb_array") and a size of 1 or more, not {image_size}')
         size = image_size * SUPERSAMPLE
         pixels, body = _camera(self.client, size)
         picture = Image.frombuffer("RGBX", (size, size), np.where(body, pixels, _background(size)))

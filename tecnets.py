@@ -18,8 +18,11 @@ Dimensions in comments:
 
     B tasks, K support demos and Q query demos of a task, M control samples of each of these two sets,
     N images, H x W pixels, E numbers in a sentence, S in a state, A in an action.
+
+What is not of the stated shapes and kinds raises TypeError or ValueError (the last section).
 """
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -46,12 +49,7 @@ class Settings:
     ends: str = "both"  # frames of a demonstration that are embedded: both, or for comparison "first" or "last" alone
 
     def __post_init__(self):
-        if self.support_mean not in ("mean-norm", "norm-mean-norm"):
-            raise ValueError(f"support_mean is mean-norm or norm-mean-norm, not {self.support_mean}")
-        if self.negatives not in ("sentences", "queries"):
-            raise ValueError(f"negatives is sentences or queries, not {self.negatives}")
-        if self.ends not in ("both", "first", "last"):
-            raise ValueError(f"ends is both, first or last, not {self.ends}")
+        check_settings(self)
 
 
 # Sentences and losses (section 3) -------------------------------------------------------------
@@ -59,11 +57,10 @@ class Settings:
 def sentence(f, support_mean="mean-norm"):
     """s = v(mean_k f(tau_k)) with v(x) = x / |x|: (..., K, E) -> (..., E), unit length.
 
-    "norm-mean-norm" (official code) also normalises every f(tau_k) before the mean. Raises ValueError
-    without a demonstration, K = 0.
+    "norm-mean-norm" (official code) also normalises every f(tau_k) before the mean.
     """
-    if f.shape[-2] == 0:
-        raise ValueError("a sentence needs at least one demonstration, K = 0 were given")
+    check("f", f, "float", ..., "K", "E")
+    check_choice("support_mean", support_mean)
     if support_mean == "norm-mean-norm":
         f = F.normalize(f, dim=-1)
     return F.normalize(f.mean(-2), dim=-1)
@@ -79,6 +76,9 @@ def embedding_loss(s_U, s_q, margin=0.1, negatives="sentences"):
     A loss that stays near the margin with an accuracy of about 1 / B or less is a collapse: all sentences are
     nearly equal. A constant learning rate of 1e-3 can bring it on; warming up, as train.py does, avoids it.
     """
+    check("s_U", s_U, "float", "B", "E")
+    check("s_q", s_q, "float", len(s_U), "Q", s_U.shape[1])
+    check_choice("negatives", negatives)
     B = len(s_U)
     similarity = torch.einsum("jqe,ie->jqi", s_q, s_U)  # (B, Q, B): query of j, sentence of i
     positive = similarity.diagonal(dim1=0, dim2=2).T[..., None]  # (B, Q, 1)
@@ -93,6 +93,8 @@ def embedding_loss(s_U, s_q, margin=0.1, negatives="sentences"):
 
 def control_loss(prediction, actions):
     """L_ctr, behaviour cloning: the mean squared error of actions, (..., A) each -> a scalar."""
+    check("actions", actions, "finite", ..., "A")
+    check("prediction", prediction, "float", *actions.shape)
     return F.mse_loss(prediction, actions)
 
 
@@ -140,6 +142,7 @@ class EmbeddingNet(nn.Module):
 
     def __init__(self, settings):
         super().__init__()
+        self.image_size = settings.image_size
         self.ends = {"both": slice(0, 2), "first": slice(0, 1), "last": slice(1, 2)}[settings.ends]
         self.convolutions, features = _convolutions((self.ends.stop - self.ends.start) * 3, settings)
         self.head = _fully_connected(features, settings.embedding_dim, settings)
@@ -147,6 +150,7 @@ class EmbeddingNet(nn.Module):
 
     def forward(self, ends):
         """ends (N, 2, H, W, 3) uint8 -> (N, E), not normalised."""
+        check("ends", ends, "uint8", "N", 2, self.image_size, self.image_size, 3)
         first, *rest = self.convolutions
         planes = torch.cat(ends[:, self.ends].unbind(1), -1)  # (N, H, W, 6), or 3 for one frame alone
         x = first_convolution(first, planes)  # (N, filters, h, w)
@@ -163,12 +167,17 @@ class ControlNet(nn.Module):
 
     def __init__(self, settings):
         super().__init__()
+        self.settings = settings
         self.convolutions, features = _convolutions(3 + settings.embedding_dim, settings)
         self.head = _fully_connected(features + settings.state_dim, settings.action_dim, settings)
         self.apply(_glorot)
 
     def forward(self, images, states, s):
         """images (B, M, H, W, 3) uint8, states (B, M, S), normalised, s (B, E) -> actions (B, M, A)."""
+        c = self.settings
+        check("images", images, "uint8", "B", "M", c.image_size, c.image_size, 3)
+        check("states", states, "float", *images.shape[:2], c.state_dim)
+        check("s", s, "float", len(images), c.embedding_dim)
         first, *rest = self.convolutions
         x = first_convolution(first, images, s)  # (B M, filters, h, w)
         for layer in rest:
@@ -185,20 +194,18 @@ class TecNets(nn.Module):
     A batch maps to tensors, U before q on axis 1 where both are in one: `frames_U` (B, K, 2, H, W, 3) and
     `frames_q` (B, Q, 2, H, W, 3) uint8, the first and last frames; `images` (B, 2, M, H, W, 3) uint8,
     `states` (B, 2, M, S) and `actions` (B, 2, M, A), the control samples. Set `use_bfloat16` to run
-    both networks in bfloat16; weights and losses stay float32. Raises ValueError for a state_std not above 0.
+    both networks in bfloat16; weights and losses stay float32. A state_std must be above 0.
     """
 
-    def __init__(self, settings=Settings(), state_mean=0.0, state_std=1.0):
+    def __init__(self, settings=None, state_mean=0.0, state_std=1.0):
         super().__init__()
-        self.settings = settings
+        self.settings = settings = settings or Settings()
         self.use_bfloat16 = False
         self.embedding_net = EmbeddingNet(settings)
         self.control_net = ControlNet(settings)
         self.to(memory_format=torch.channels_last)
-        self.register_buffer("state_mean", torch.as_tensor(state_mean, dtype=torch.float32) + torch.zeros(settings.state_dim))
-        self.register_buffer("state_std", torch.as_tensor(state_std, dtype=torch.float32) * torch.ones(settings.state_dim))
-        if not (self.state_std > 0).all():
-            raise ValueError(f"state_std must be above 0, not {self.state_std.min()}")
+        for name, values in statistics(settings, state_mean, state_std).items():
+            self.register_buffer(name, values)
 
     def losses(self, batch):
         """The total loss on a batch and its terms (section 3). All are means, as in the official code; the paper sums over tasks.
@@ -206,10 +213,11 @@ class TecNets(nn.Module):
         Returns a dict of scalars with their gradient: loss, loss_emb, loss_U, loss_q; and accuracy.
         """
         c = self.settings
+        check_batch(c, batch)
         s_U, loss_emb, accuracy = self._compare(batch)
         images, states, actions = batch["images"], batch["states"], batch["actions"]
-        loss_U = control_loss(self.predict(images[:, 0], states[:, 0], s_U), actions[:, 0])
-        loss_q = control_loss(self.predict(images[:, 1], states[:, 1], s_U), actions[:, 1])  # also given s_U
+        loss_U = control_loss(self._predict(images[:, 0], states[:, 0], s_U), actions[:, 0])
+        loss_q = control_loss(self._predict(images[:, 1], states[:, 1], s_U), actions[:, 1])  # also given s_U
         loss = c.lambda_emb * loss_emb + c.lambda_U * loss_U + c.lambda_q * loss_q
         return {"loss": loss, "loss_emb": loss_emb, "loss_U": loss_U, "loss_q": loss_q, "accuracy": accuracy}
 
@@ -235,11 +243,16 @@ class TecNets(nn.Module):
 
     def predict(self, images, states, s):
         """Actions (B, M, A) for images (B, M, H, W, 3) uint8, raw states (B, M, S) and sentences (B, E)."""
+        check("states", states, "finite", "B", "M", self.settings.state_dim)
+        return self._predict(images, states, s)
+
+    def _predict(self, images, states, s):
         with self._autocast():
             return self.control_net(images, (states - self.state_mean) / self.state_std, s)
 
     def embed(self, ends, chunk=256):
         """The sentence of support demos: first and last frames (..., K, 2, H, W, 3) uint8 -> (..., E)."""
+        check("ends", ends, "uint8", ..., "K", 2, *[self.settings.image_size] * 2, 3)
         return sentence(self._embeddings(ends, chunk), self.settings.support_mean)
 
     @torch.no_grad()
@@ -256,6 +269,7 @@ class TecNets(nn.Module):
         one chunk in memory, however many tasks. For the embedding network `chunk` counts demonstrations.
         Gradients accumulate: call `optimiser.zero_grad()` before.
         """
+        check_batch(self.settings, batch)
         c, images = self.settings, batch["images"]
         B, M = len(images), images.shape[2]
         s_U, loss_emb, accuracy = self._compare(batch, chunk)
@@ -263,7 +277,7 @@ class TecNets(nn.Module):
         for part in torch.arange(B).split(max(1, chunk // (2 * M))):
             at = slice(int(part[0]), int(part[-1]) + 1)
             actions = batch["actions"][at]  # (b, 2, M, A)
-            prediction = self.predict(images[at].flatten(1, 2), batch["states"][at].flatten(1, 2), leaf[at])
+            prediction = self._predict(images[at].flatten(1, 2), batch["states"][at].flatten(1, 2), leaf[at])
             prediction = prediction.unflatten(1, (2, M))
             part_U, part_q = (len(part) / B * control_loss(prediction[:, i], actions[:, i]) for i in (0, 1))
             (c.lambda_U * part_U + c.lambda_q * part_q).backward()
@@ -282,6 +296,7 @@ def plain_first_convolution(layer, images, s=None):
 
     images (..., H, W, C) uint8 -> (N, filters, h, w); with s (B, E) the images are (B, M, H, W, 3).
     """
+    check("images", images, "uint8", ..., "H", "W", "C")
     planes = images.flatten(0, -4).movedim(-1, 1).contiguous().to(layer.weight.dtype) / 127.5 - 1  # (N, C, H, W)
     if s is not None:
         tiled = s.repeat_interleave(images.shape[1], 0)[..., None, None].expand(-1, -1, *planes.shape[2:])  # (N, E, H, W)
@@ -297,12 +312,14 @@ def first_convolution(layer, images, s=None):
     2. A tiled sentence is constant over the image, so the convolution's response to it is a bias. It is the
        same everywhere but at the border, where the padding cuts the kernel: it is computed for 3 x 3 zones.
     """
+    check("images", images, "uint8", ..., "H", "W", "C")
     weight, device, size = layer.weight, images.device.type, images.shape[-2]
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     planes = (images.flatten(0, -4).to(dtype) - 127.5).movedim(-1, 1)  # (N, C, H, W), channels last in memory
     x = F.conv2d(planes, weight[:, :planes.shape[1]] / 127.5, layer.bias, stride=2, padding=KERNEL // 2)
     if s is None:
         return x
+    check("s", s, "float", len(images), "E")
     zones = weight.new_zeros((size + 1) // 2, 3)
     zones[0, 0] = zones[1:-1, 1] = zones[-1, 2] = 1
     ones = weight.new_ones(1, 1, *[KERNEL + (size + 1) % 2] * 2)  # the smallest plane with all zones of this parity
@@ -311,3 +328,66 @@ def first_convolution(layer, images, s=None):
     response = torch.einsum("hi,bijf,wj->bhwf", zones, response, zones)[:, None]  # (B, 1, h, w, filters)
     x = x.movedim(1, -1).unflatten(0, images.shape[:2])  # (B, M, h, w, filters)
     return (x + response.to(x.dtype)).flatten(0, 1).movedim(-1, 1)  # (B M, filters, h, w)
+
+
+# What was given ---------------------------------------------------------------------------------
+
+CHOICES = {"support_mean": ("mean-norm", "norm-mean-norm"), "negatives": ("sentences", "queries"),
+           "ends": ("both", "first", "last")}
+
+
+def check_choice(name, value):
+    if value not in CHOICES[name]:
+        raise ValueError(f"{name} is {' or '.join(CHOICES[name])}, not {value!r}")
+
+
+def check_settings(settings):
+    """Choices are of CHOICES, images no smaller than the kernel, sizes 1 or more, other numbers finite and 0 or more."""
+    for field in fields(settings):
+        name, value, low = field.name, getattr(settings, field.name), KERNEL if field.name == "image_size" else 1
+        if name in CHOICES:
+            check_choice(name, value)
+        elif isinstance(field.default, bool) and value not in (False, True):
+            raise ValueError(f"{name} is True or False, not {value!r}")
+        elif type(field.default) is int and not (isinstance(value, int) and value >= low):
+            raise ValueError(f"{name} is a whole number, {low} or more, not {value!r}")
+        elif not (isinstance(value, (int, float)) and 0 <= value < math.inf):
+            raise ValueError(f"{name} is a finite number, 0 or more, not {value!r}")
+
+
+def check(name, x, kind, *shape):
+    """x is a tensor of a kind, "uint8", "float" (of any size) or "finite" (float, and so are its numbers), and of a shape.
+
+    A word in the shape stands for any length from 1 on, a leading ... for any dimensions.
+    """
+    if not isinstance(x, torch.Tensor) or (x.dtype != torch.uint8 if kind == "uint8" else not x.is_floating_point()):
+        raise TypeError(f"{name} is a tensor of {kind} numbers, not {type(x).__name__} {getattr(x, 'dtype', '')}")
+    found, wanted = (x.shape[-len(shape) + 1:], shape[1:]) if shape[0] is ... else (x.shape, shape)
+    if len(found) != len(wanted) or any(n < 1 if isinstance(m, str) else n != m for n, m in zip(found, wanted)):
+        text = ", ".join("..." if n is ... else str(n) for n in shape)
+        raise ValueError(f"{name} has the shape ({text}), not {tuple(x.shape)}")
+    if kind == "finite" and not torch.compiler.is_compiling() and not x.isfinite().all():
+        raise ValueError(f"{name} holds numbers that are not finite")
+
+
+def check_batch(settings, batch, n=2):
+    """A batch is as TecNets states it, with `n` frames of a support demo."""
+    c, images = settings, batch.get("images")
+    picture = (c.image_size, c.image_size, 3)
+    check("images", images, "uint8", "B", 2, "M", *picture)
+    for name, kind, *shape in (("frames_U", "uint8", "K", n, *picture), ("frames_q", "uint8", "Q", 2, *picture),
+                               ("states", "finite", 2, images.shape[2], c.state_dim),
+                               ("actions", "finite", 2, images.shape[2], c.action_dim)):
+        check(name, batch.get(name), kind, len(images), *shape)
+
+
+def statistics(settings, state_mean, state_std):
+    """The buffers (S,) of a network; numbers stand for all dimensions."""
+    buffers = {"state_mean": state_mean, "state_std": state_std}
+    for name, values in buffers.items():
+        values = torch.as_tensor(values, dtype=torch.float32)
+        buffers[name] = values.repeat(settings.state_dim) if values.ndim == 0 else values.clone()
+        check(name, buffers[name], "finite", settings.state_dim)
+    if not (buffers["state_std"] > 0).all():
+        raise ValueError(f"state_std is above 0, not {buffers['state_std'].min()}")
+    return buffers

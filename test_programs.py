@@ -115,7 +115,7 @@ def body_corners(env, body, id_):
 
 def random_episodes(numbers):
     """What some episodes of random actions, each held for 1, 5 or 25 steps, came to at worst; seeds are `numbers`."""
-    env, memory = sim.PushEnv(render=False), []
+    env, memory = sim.PushEnv(render_mode=None), []
     speed = overshoot = depth = -np.inf
     lost, unsaid = set(), set()
     for number in numbers:
@@ -209,6 +209,75 @@ def test_demonstrations(data_set):
     mean, std = tasks.state_statistics()
     np.testing.assert_allclose(mean, tasks.states.mean((0, 1, 2), dtype=np.float64), rtol=1e-5, atol=1e-6)
     assert (std[17:] == data.STATE_STD_FLOOR).all()  # the goal never moves
+
+
+# Workers and locks ----------------------------------------------------------------------------
+
+LIBRARY = """
+import data, os, signal, sys, threading
+before = dict(os.environ), signal.getsignal(signal.SIGINT)
+thread = threading.Thread(target=data.generate, args=(sys.argv[1], {"train": 1, "val": 1}, 1, 0, 2))
+thread.start()
+thread.join()
+assert (dict(os.environ), signal.getsignal(signal.SIGINT)) == before
+print(data.TaskSet(sys.argv[1], "val").n_tasks)
+"""
+
+
+def test_workers_as_a_library(tmp_path):
+    """From a thread of a script without a guard: the work is done and nothing of the process changes."""
+    (tmp_path / "script.py").write_text(LIBRARY)
+    with started(sys.executable, tmp_path / "script.py", tmp_path / "d", env={**ENVIRONMENT, "PYTHONPATH": HERE},
+                 stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.communicate(timeout=100) == ("1\n", "")
+
+
+@pytest.mark.parametrize("function, job, message", [
+    (signal.raise_signal, (signal.SIGKILL,), "lack of memory"), (os._exit, (3,), "exit code 3"), (math.sqrt, (-1,), "domain error")])
+def test_a_failing_worker_is_named_with_its_cause(function, job, message):
+    with started("sleep", 60) as bystander:
+        with pytest.raises((common.UserError, ValueError), match=message):
+            list(common.parallel(function, [job], workers=1))
+        assert bystander.poll() is None
+    assert list(common.parallel(math.sqrt, [(4,)] * 3, workers=2)) == [2, 2, 2]
+
+
+def test_without_locks_every_trial_counts_once(tmp_path):
+    """Two evaluations into one folder, both killed, one resumed, where flock does nothing."""
+    (tmp_path / "sitecustomize.py").write_text("import fcntl\nfcntl.flock = lambda *_: None\n")
+    settings = dict(cwd=tmp_path, env={**ENVIRONMENT, "PYTHONPATH": str(tmp_path)}, stdout=subprocess.DEVNULL)
+    words, record = ("evaluate.py", "--policy", "random", "--tasks", 2, "--trials", 4, "--out", "e"), tmp_path / "e" / "trials.jsonl"
+    with program(*words, **settings), program(*words, **settings):
+        deadline = time.monotonic() + 60
+        while not record.exists() or len(record.read_text().splitlines()) < 4:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    lines = record.read_text().splitlines(keepends=True)
+    record.write_text("".join(lines + lines[1:3]))  # as if both had run these
+    run(*words, cwd=tmp_path)
+    results = json.loads((tmp_path / "e" / "results.json").read_text())["results"][0]
+    assert results["n_trials"] == len({(row["task"], row["trial"]) for row in results["trials"]}) == 8
+
+
+def test_a_disk_without_locks_is_a_warning(tmp_path, capsys, monkeypatch):
+    def flock(*_):
+        raise OSError(37, "No locks available")
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with common.locked(tmp_path / "d"):
+        line = capsys.readouterr().err
+    assert str(tmp_path / "d") in line and "Errno 37" in line and line.count("\n") == 1
+
+
+def test_other_packages_are_one_warning(data_set, tmp_path, capsys, monkeypatch):
+    shutil.copytree(data_set, tmp_path / "d")
+    manifest = data.read_manifest(tmp_path / "d")
+    assert manifest["packages"] == common.installed_packages() and "torch" in manifest["packages"]
+    data.write_manifest(tmp_path / "d", {**manifest, "packages": {**manifest["packages"], "numpy": "1.0"}})
+    monkeypatch.setattr(common.warn_of_packages, "__defaults__", (set(),))
+    for _ in range(2):
+        data.generate(tmp_path / "d", COUNTS, demos=4, seed=3)
+    assert capsys.readouterr().err.count("warning") == 1
+    assert data.read_manifest(tmp_path / "d")["packages"]["numpy"] == "1.0"  # of those that made them
 
 
 # Own data ---------------------------------------------------------------------------------------
@@ -316,6 +385,43 @@ def test_import_and_train_on_it(mil, tmp_path):
     assert "--mirror" in one_line("train.py", "--data", "mil", "--name", "b", *TINY, "--batch", 2, "--mirror", 1, cwd=tmp_path)
 
 
+def test_tasks_beside_pushing_are_left_alone(mil, tmp_path, capsys):
+    """MIL's archive has reaching beside pushing, with the same file names; a copy of pushing is ambiguous."""
+    shutil.copytree(mil, tmp_path / "mil", copy_function=os.link)
+    reach = tmp_path / "mil" / "sim_vision_reach"
+    reach.mkdir()
+    for number in (3, 4):
+        (reach / f"demos_{number}.pkl").write_bytes(pickle.dumps({"demoX": np.zeros((24, 50, 10)), "demoU": np.zeros((24, 50, 2))}, 2))
+    mil_data.import_mil(tmp_path / "mil", tmp_path / "out", val=1)
+    assert data.read_manifest(tmp_path / "out")["tasks"] == {"train": 2, "val": 1, "test": 1}
+    assert "sim_vision_reach holds 2 train tasks, not of pushing" in capsys.readouterr().out
+    shutil.copytree(tmp_path / "mil" / "sim_push", tmp_path / "mil" / "copy")
+    with pytest.raises(common.UserError, match="train task 3 is both .*copy/demos_3.pkl and .*sim_push/demos_3.pkl"):
+        mil_data.import_mil(tmp_path / "mil", tmp_path / "again", val=1)
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_pickles_of_todays_numpy(protocol, tmp_path):
+    arrays = {"demoX": np.random.default_rng(0).normal(size=(2, 3, 4)), "demoU": np.asfortranarray(np.arange(6.0).reshape(2, 3))}
+    (tmp_path / "p.pkl").write_bytes(pickle.dumps(arrays, protocol))
+    got = mil_data._read_pickle(tmp_path / "p.pkl")
+    assert all((got[name] == arrays[name].astype(np.float32)).all() for name in arrays)
+
+
+def test_merged_frames_are_repeated(tmp_path):
+    rng = np.random.default_rng(0)
+    frames = [np.repeat(rng.integers(0, 256, (125, 125, 1), np.uint8), 3, 2) for _ in range(96)]
+    frames[40:40] = [frames[40]] * 4
+    first, *rest = map(evaluate.Image.fromarray, frames)
+    first.save(tmp_path / "a.gif", save_all=True, append_images=rest, duration=50)
+    with evaluate.Image.open(tmp_path / "a.gif") as gif:
+        assert gif.n_frames == 96
+    assert (mil_data._read_gif(tmp_path / "a.gif") == frames).all()
+    first.save(tmp_path / "b.gif", save_all=True, append_images=rest[:-1], duration=50)
+    with pytest.raises(common.UserError, match="95 frames"):
+        mil_data._read_gif(tmp_path / "b.gif")
+
+
 class Malice:
     def __reduce__(self):
         return os.system, ("touch malice",)
@@ -345,7 +451,7 @@ def test_damaged_mil_data(damage, message, mil, tmp_path, monkeypatch):
     shutil.copy(mil / "sim_push" / "demos_4.pkl", source)
     damage(source / "demos_4.pkl", source / "object_4" / "cond8.samp0.gif")
     with pytest.raises(common.UserError, match=message):
-        mil_data._import_task(tmp_path / "out", {"train": [source / "demos_4.pkl"]}, "train", 0)
+        mil_data._import_task(tmp_path / "out", {}, "train", 0, {"train": [source / "demos_4.pkl"]})
     assert not (tmp_path / "malice").exists() and not (tmp_path / "out").exists()
 
 
@@ -453,6 +559,42 @@ def test_killed_evaluation_equals_uninterrupted(data_set, trained, tmp_path):
     assert "8 " in run("evaluate.py", *words, "--out", "cut", cwd=tmp_path).stdout  # the table again
 
 
+def test_a_run_goes_on_elsewhere(data_set, trained, tmp_path, monkeypatch):
+    """Begun on a GPU, with data that have moved since: --device and --data may change, and the numbers do not."""
+    monkeypatch.chdir(tmp_path)
+    job = start_run(data_set, "gpu")
+    job.train(stop=lambda: job.step == 7)
+    state = train.load_checkpoint(job.folder / "last.pt")
+    state["options"] |= {"device": "cuda", "data": "gone"}
+    common.write_checked(job.folder / "last.pt", lambda file: torch.save(state, file))
+    assert state["packages"] == common.installed_packages()
+    folder, *arguments = train.parse(["--resume", "--name", "gpu", "--data", str(data_set), "--device", "cpu"])
+    train.start(folder, *arguments).train(stop=lambda: False)
+    assert_same_run(tmp_path / "runs" / "gpu", trained)
+
+
+@pytest.mark.parametrize("words, closed, result", [
+    ("evaluate.py --policy random --tasks 1 --trials 1 --out e", "<&- >&- 2>&-", "e/results.json"),
+    (f"train.py --data {{data}} --name a {' '.join(map(str, TINY))}", "2>&1 | true", "runs/a/best.pt")])
+def test_streams_that_are_closed(words, closed, result, data_set, tmp_path):
+    """The work is done and saved whoever reads."""
+    line = f"({sys.executable} {HERE}/{words.format(data=data_set)}; echo $? > code) {closed}"
+    with started("bash", "-c", line, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        process.wait(100)
+        deadline = time.monotonic() + 100  # a pipe's last program may end first
+        while not (tmp_path / "code").exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+    assert (tmp_path / result).exists() and (tmp_path / "code").read_text() == "0\n"
+
+
+def test_a_lack_of_memory_names_the_remedy(data_set, tmp_path):
+    words = f"train.py --data {data_set} --batch 4 --support 2 --samples 1000 --chunk 100000 --steps 20"
+    with started("bash", "-c", f"ulimit -v 4500000; exec {sys.executable} {HERE}/{words}", cwd=tmp_path,
+                 stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        message = process.communicate(timeout=100)[1]
+    assert process.returncode == 2 and message.count("\n") == 1 and "--chunk" in message
+
+
 def children(pid):
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
@@ -461,7 +603,7 @@ def children(pid):
 def test_workers_end_with_their_parent(signal_, tmp_path):
     with program("data.py", "--out", tmp_path / "d", "--workers", "2", stderr=subprocess.PIPE) as process:
         start = time.monotonic()
-        while len(workers := children(process.pid)) < 3:  # two and multiprocessing's tracker
+        while len(workers := children(process.pid)) < 2:
             time.sleep(0.1)
             assert process.poll() is None and time.monotonic() < start + 60
         time.sleep(2)
@@ -564,6 +706,7 @@ def test_embedding_map(data_set, trained, tmp_path):
     assert figures["nearest_training_task"] == np.argmax(near, 1).tolist()
     with evaluate.Image.open(tmp_path / "map.png") as picture:
         assert len(picture.getcolors(2 ** 24)) > 100
+    assert evaluate.embedding_map(tmp_path / "one.png", model, data.TaskSet(data_set, "train", 1), others)["retrieval"] == 1
 
 
 def test_bfloat16_trains_alike(data_set, tmp_path, monkeypatch):
@@ -582,7 +725,7 @@ def refuse(capsys, monkeypatch, module, *words):
     """The one line with which a program refuses its arguments, before any work; it must end with exit code 2."""
     monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, words)])
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    monkeypatch.setattr(common, "ProcessPoolExecutor", lambda *_: pytest.fail("began to work"))  # that of every program
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("began to work"))  # that of every worker
     monkeypatch.setattr(torch.Tensor, "backward", lambda *_: pytest.fail("began to train"))
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
@@ -613,12 +756,19 @@ def test_numbers_out_of_range(module, words, flag, value, capsys, monkeypatch, t
 
 
 @pytest.fixture(scope="module")
-def bad_files(trained, tmp_path_factory):
+def bad_files(trained, data_set, tmp_path_factory):
     """A folder of checkpoints, runs and evaluations that some program must refuse."""
     folder, checkpoint = tmp_path_factory.mktemp("bad"), train.load_checkpoint(trained / "last.pt")
     small, mil = TecNets(Settings(image_size=64)), baselines.MIL()
-    options = checkpoint["options"]
-    files = {"small.pt": {**checkpoint, "settings": vars(small.settings), "model": small.state_dict()},
+    options, model = checkpoint["options"], checkpoint["model"]
+    files = {"nan.pt": {**checkpoint, "model": {name: values / 0 for name, values in model.items()}},
+             "flat.pt": {**checkpoint, "model": {**model, "state_std": 0 * model["state_std"]}},
+             "frames.pt": {**checkpoint, "options": {**options, "demo_frames": 3}},
+             "options.pt": {**checkpoint, "options": {**options, "demo_frames": 0}},
+             "negative.pt": {**checkpoint, "settings": {**checkpoint["settings"], "embedding_dim": -20}},
+             "runs/gpu/last.pt": {**checkpoint, "options": {**options, "device": "cuda"}},
+             "runs/torn/last.pt": {**checkpoint, "step": checkpoint["step"] - 1},
+             "small.pt": {**checkpoint, "settings": vars(small.settings), "model": small.state_dict()},
              "mixed.pt": {**checkpoint, "settings": vars(small.settings)}, "strange.pt": [1, 2], "malice.pt": Malice(),
              "mil.pt": {**checkpoint, "settings": vars(mil.settings), "model": mil.state_dict(),
                         "options": {**options, "method": "mil"}},
@@ -629,10 +779,20 @@ def bad_files(trained, tmp_path_factory):
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         common.write_checked(folder / name, lambda file: torch.save(content, file))
-    for name, text in {"done/results.json": "{}", "other/trials.jsonl": evaluate._line({"policy": "random"}),
+    evaluation = dict(policy="expert", split="test", tasks=2, trials=1, seed=0, gif=0, film_failures=False, shots=[0],
+                      checkpoint=False, demos=None, packages=common.installed_packages())
+    rows = [dict(shots=0, task=0, trial=trial, success=True, final_distance=0.0, distractor_displacement=0.0) for trial in (0, 1)]
+    for name, text in {"foreign-rows/trials.jsonl": "".join(map(evaluate._line, [evaluation, *rows])),
+                       "conflict/trials.jsonl": "".join(map(evaluate._line, [evaluation, rows[0], {**rows[0], "success": False}])),
+                       "done/results.json": "{}", "other/trials.jsonl": evaluate._line({"policy": "random"}),
                        "torn/trials.jsonl": "{\n{}\n"}.items():
         (folder / name).parent.mkdir()
         (folder / name).write_text(text)
+    shutil.copytree(data_set, folder / "foreign")
+    shutil.copy(folder / "foreign" / "train" / "00001.npz", folder / "foreign" / "train" / "00002.npz")
+    manifest = data.read_manifest(data_set)
+    (folder / "empty").mkdir()
+    data.write_manifest(folder / "empty", {**manifest, "tasks": {split: 0 for split in manifest["tasks"]}})
     return folder
 
 
@@ -687,7 +847,11 @@ def stamps(folder):
     (train, "--resume --name run --lr 0.1", "another --lr"),
     (train, "--resume --name run --method mil", "another --method"),
     (train, "--resume --name run --steps 70", "another --steps"),
-    (train, "--resume --name run --data other", "another --data"),
+    (train, "--resume --name run --data other", "no data set in other"),
+    (train, "--resume --name run --preset paper", "another --preset (ours)"),
+    (train, "--resume --name run --init best.pt", "another --init (None)"),
+    (train, "--resume --name gpu", "choose --device cpu"),
+    (train, "--resume --name torn", "does not hold the state"),
     (train, "--data {data} --name run", "holds a run"),
     (train, "--resume --name weights", "weights only"),
     (train, "--resume --name moved", "no data set in moved-data"),
@@ -700,8 +864,17 @@ def stamps(folder):
     (evaluate, "--out e --checkpoint {data}/train/00000.npz", "not a checkpoint"),
     (evaluate, "--out e --checkpoint {data}", "Is a directory"),
     (evaluate, "--out e --checkpoint small.pt", "trained on images of 64 pixels"),
-    (evaluate, "--out e --checkpoint mixed.pt", "does not hold the weights"),
+    (evaluate, "--out e --checkpoint mixed.pt", "usable weights"),
     (evaluate, "--out e --checkpoint strange.pt", "not a checkpoint"),
+    (evaluate, "--out e --checkpoint nan.pt", "usable weights"),
+    (evaluate, "--out e --checkpoint flat.pt", "usable weights"),
+    (evaluate, "--out e --checkpoint frames.pt", "usable weights"),
+    (evaluate, "--out e --checkpoint options.pt", "not a checkpoint"),
+    (evaluate, "--out e --checkpoint negative.pt", "usable weights"),
+    (train, "--data empty --batch 2", "0 train tasks"),
+    (train, "--data foreign --batch 2 --support 2", "of another task"),
+    (evaluate, "--out foreign-rows --policy expert --tasks 2 --trials 1", "another evaluation"),
+    (evaluate, "--out conflict --policy expert --tasks 2 --trials 1", "another evaluation"),
     (evaluate, "--out e --checkpoint malice.pt", "not a checkpoint"),
     (evaluate, "--out e --checkpoint old.pt", "format 1"),
     (evaluate, "--out e --policy nobody", "--policy"),
@@ -755,15 +928,15 @@ def test_every_bit_that_is_stored_is_checked(data_set, trained, tmp_path):
 def test_crafted_archives_take_no_memory(data_set, tmp_path):
     """Files whose checksum fits, but whose headers promise more than there is."""
     shutil.copytree(data_set, tmp_path / "push")
-    path = data.task_path(tmp_path / "push", "train", 0)
+    path, identity = data.task_path(tmp_path / "push", "train", 0), data.task_identity(data.read_manifest(data_set), "train", 0)
     with np.load(path) as archive:
         arrays = dict(archive)
     for name, array in (("states", np.zeros((4, 100, 21), np.float32)), ("offsets", arrays["offsets"] * 10 ** 9),
                         ("actions", np.array([[Malice()]])), ("frames", arrays["frames"][:-1])):
-        common.write_checked(path, lambda file: np.savez(file, **{**arrays, name: array}))
+        common.write_checked(path, lambda file: (np.savez(file, **{**arrays, name: array}), file.write(identity)))
         with pytest.raises(common.UserError, match="damaged|another data set"):
             data.TaskSet(tmp_path / "push", "train")
-    common.write_checked(path, lambda file: np.savez_compressed(file, **arrays))
+    common.write_checked(path, lambda file: (np.savez_compressed(file, **arrays), file.write(identity)))
     with pytest.raises(common.UserError, match="damaged"):
         data.TaskSet(tmp_path / "push", "train")
 
@@ -776,7 +949,55 @@ def test_a_full_disk_is_one_line(tmp_path):
             pytest.skip("no user namespaces here")
     with started("unshare", "-rm", "sh", "-c", script, stderr=subprocess.PIPE) as process:
         message = process.communicate(timeout=200)[1]
-    assert process.returncode == 2 and "No space left" in message and message.count("\n") == 1
+    assert process.returncode == 2 and "No space left" in message and "make room" in message and message.count("\n") == 1
+
+
+ROUNDS = """
+import locale, sys, threading, sim
+locale.setlocale(locale.LC_ALL, "")
+sums = [0] * 3
+def rounds(index):
+    env = sim.PushEnv()
+    for seed in range(2):
+        obs, _ = env.reset(seed=seed, options={"task": sim.make_task("test", index)})
+        env.step(sim.expert_action(env))
+    sums[index] = obs["image"].sum()
+threads = [threading.Thread(target=rounds, args=(index,)) for index in range(3)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+print(sums, locale.str(0.5))
+"""
+
+
+def test_threads_locales_and_temporary_folders(tmp_path):
+    """PushEnv works from several threads, under any locale, with temporary files in a folder of any name."""
+    for name in ("UTF-8", "ISO-8859-1") if shutil.which("localedef") else ():
+        subprocess.run(["localedef", "-i", "de_DE", "-f", name, f"./de_DE.{name}"], cwd=tmp_path, stderr=subprocess.DEVNULL)
+    (tmp_path / "ü").mkdir()
+    printed = []
+    for settings in ({}, {"LC_ALL": "de_DE.UTF-8"}, {"LC_ALL": "de_DE.ISO-8859-1", "TMPDIR": f"{tmp_path}/ü"}):
+        if settings and not (tmp_path / settings["LC_ALL"]).exists():
+            continue
+        with started(sys.executable, "-c", ROUNDS, env={**ENVIRONMENT, "LC_ALL": "C", "LOCPATH": str(tmp_path),
+                     "PYTHONPATH": str(HERE), **settings}, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            line, complaint = process.communicate(timeout=100)
+        assert not complaint, complaint
+        printed.append(line)
+    assert printed[0].endswith("0.5\n") and all(line == printed[0].replace("0.5", "0,5") for line in printed[1:])
+
+
+def test_no_room_for_temporary_files(tmp_path):
+    env, task = sim.PushEnv(), {"task": sim.make_task("test", 0)}
+    for folder in ("none", "file"):
+        (tmp_path / "file").write_text("")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sim.tempfile, "tempdir", str(tmp_path / folder))
+            with pytest.raises(OSError, match=f"{folder}.*TMPDIR"):
+                env.reset(seed=0, options=task)
+    env.reset(seed=0, options=task)
+    env.close()
 
 
 def test_a_data_set_that_is_being_written_is_left_alone(data_set):

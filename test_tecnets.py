@@ -2,9 +2,12 @@
 
 test_programs.py has the tests of the programs, which take minutes.
 """
+import copy
 import dataclasses
 import math
 import os
+import pickle
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +21,8 @@ import data
 import evaluate
 import sim
 import train
-from tecnets import ControlNet, Settings, TecNets, embedding_loss, first_convolution, plain_first_convolution, sentence
+from tecnets import (ControlNet, Settings, TecNets, control_loss, embedding_loss, first_convolution, plain_first_convolution,
+                     sentence)
 
 torch.set_num_threads(1)  # more are slow on small tensors when other processes run
 
@@ -258,6 +262,47 @@ def test_frames_that_are_embedded(ends, used):
         assert torch.equal(model.embed(demos), model.embed(other)) == (end not in used)
 
 
+WRONG = [  # call of a model and a batch, the error, what it says
+    (lambda model, batch: model.embed(batch["frames_U"].double() / 255), TypeError, "ends is a tensor of uint8"),
+    (lambda model, batch: model.embed(batch["images"][:, 0, :, None].repeat(1, 1, 4, 1, 1, 1)), ValueError, r"K, 2, 13, 13, 3\)"),
+    (lambda model, batch: model.embed(batch["frames_U"][..., :12, :, :]), ValueError, "13, 13"),
+    (lambda model, batch: model.embed(batch["frames_U"].numpy()), TypeError, "ndarray"),
+    (lambda model, batch: model.embed(batch["frames_U"][0, 0]), ValueError, "K, 2"),
+    (lambda model, batch: model.act(batch["images"][0, 0, 0], batch["states"][0, 0, 0] * torch.nan, torch.zeros(20)), ValueError,
+     "not finite"),
+    (lambda model, batch: model.predict(batch["images"][:, 0], batch["states"][:, 0, :1], torch.zeros(5, 20)), ValueError, "states"),
+    (lambda model, batch: model.predict(batch["images"][:, 0], batch["states"][:, 0], torch.zeros(1, 20)), ValueError, "s has"),
+    (lambda model, batch: model.backward({**batch, "actions": batch["actions"] * torch.inf}), ValueError, "actions .* not finite"),
+    (lambda model, batch: model.backward({**batch, "frames_q": batch["frames_q"][1:]}), ValueError, r"frames_q .*\(5, Q"),
+    (lambda model, batch: model.losses({name: batch[name] for name in batch if name != "frames_q"}), TypeError, "frames_q"),
+    (lambda model, batch: control_loss(torch.zeros(2, 7), torch.zeros(7)), ValueError, "prediction"),
+    (lambda model, batch: embedding_loss(torch.eye(3), torch.eye(3)[:, None], negatives="query"), ValueError, "sentences or queries"),
+    (lambda model, batch: embedding_loss(torch.eye(3), torch.eye(3)), ValueError, "Q"),
+    (lambda model, batch: sentence(torch.eye(3), "mean"), ValueError, "support_mean"),
+    (lambda model, batch: Settings(margin=-0.1), ValueError, "margin"),
+    (lambda model, batch: Settings(image_size=2), ValueError, "image_size is a whole number, 5 or more"),
+    (lambda model, batch: TecNets(Settings(image_size=13), state_mean=torch.nan), ValueError, "state_mean"),
+    (lambda model, batch: TecNets(Settings(image_size=13), state_std=torch.ones(19)), ValueError, r"\(20\)"),
+    (lambda model, batch: Settings(normalise_queries="no"), ValueError, "True or False"),
+    (lambda model, batch: first_convolution(torch.nn.Conv2d(3, 4, 5), batch["images"][0, 0] / 255), TypeError, "uint8"),
+]
+
+
+@pytest.mark.parametrize("call, error, message", WRONG)
+def test_wrong_calls(call, error, message):
+    with pytest.raises(error, match=message):
+        call(small_model(), batch_of())
+
+
+def test_the_policy_can_be_exported():
+    """What is given is checked at no cost to torch.export."""
+    model, batch = small_model().float(), batch_of(dtype=torch.float32)
+    model.forward = model.predict
+    s = model.embed(batch["frames_U"]).detach()
+    given = batch["images"][:, 0], batch["states"][:, 0], s
+    torch.testing.assert_close(torch.export.export(model, given).module()(*given), model.predict(*given))
+
+
 # The baselines --------------------------------------------------------------------------------
 
 def small_baseline(method, **settings):
@@ -430,7 +475,7 @@ def test_splits_share_no_mesh_and_pairs_are_swapped():
 
 
 def test_start_ranges():
-    env = sim.PushEnv(render=False)
+    env = sim.PushEnv(render_mode=None)
     for seed in range(30):
         side = (-1, 1)[seed % 2]
         env.reset(seed=seed, options={"task": sim.make_task("train", seed), "side": side})
@@ -445,7 +490,7 @@ def test_start_ranges():
 @pytest.fixture(scope="module")
 def expert_trials():
     """Success, joint speeds and lowest object height of the expert on a few test tasks."""
-    env, results = sim.PushEnv(render=False), []
+    env, results = sim.PushEnv(render_mode=None), []
     for index in range(8):
         env.reset(seed=index, options={"task": sim.make_task("test", index)})
         speeds, heights = [], []
@@ -468,7 +513,7 @@ def test_joint_speeds_and_objects_stay_bounded(expert_trials):
 
 
 def test_random_actions_solve_nothing():
-    env = sim.PushEnv(render=False)
+    env = sim.PushEnv(render_mode=None)
     for index, trial in np.ndindex(4, 2):
         task = sim.make_task("test", index)
         assert not evaluate.rollout(env, evaluate.RandomPolicy([0, index, trial]), task, trial)["success"]
@@ -480,7 +525,7 @@ def test_an_episode_depends_on_task_and_seed_only():
         obs, _ = env.reset(seed=5, options={"task": sim.make_task("train", index)})
         rng = np.random.default_rng(0)
         return np.stack([obs["state"]] + [env.step(rng.uniform(-1, 1, 7))[0]["state"] for _ in range(steps)])
-    one, other = sim.PushEnv(render=False), sim.PushEnv()
+    one, other = sim.PushEnv(render_mode=None), sim.PushEnv()
     first = states(one, 0)
     states(other, 1)
     assert (states(other, 0) == first).all()  # after another task, beside another client, with rendering
@@ -504,7 +549,7 @@ def test_the_tasks_of_a_pair_start_from_the_same_scene():
 
 @pytest.mark.parametrize("swap", [False, True])
 def test_the_target_starts_on_the_side_asked_for(swap):
-    env = sim.PushEnv(render=False)
+    env = sim.PushEnv(render_mode=None)
     for side in (-1, 1):
         env.reset(seed=1, options={"task": sim.make_task("test", 0), "side": side, "swap": swap})
         assert env.target_position[1] * side > 0 > env.distractor_position[1] * side
@@ -564,7 +609,7 @@ def test_the_picture_belongs_to_the_state_and_is_complete(monkeypatch):
 
 
 def test_a_lost_object_is_reported():
-    env = sim.PushEnv(render=False)
+    env = sim.PushEnv(render_mode=None)
     task = {"task": sim.make_task("train", 0)}
     assert not env.reset(seed=0, options=task)[1]["lost"]
     for body, place in ((env.target, (2.5, 0, 0.1)), (env.distractor, (0, -2.5, 0.1)), (env.target, (0, 0, -20))):
@@ -587,11 +632,76 @@ def test_rendering_keeps_no_memory():
 
 @pytest.mark.parametrize("action", [[0] * 6, [math.nan] * 7])
 def test_bad_actions(action):
-    env = sim.PushEnv(render=False)
+    env = sim.PushEnv(render_mode=None)
     env.reset(seed=0, options={"task": sim.make_task("train", 0)})
     with pytest.raises(ValueError, match="7 finite numbers"):
         env.step(action)
     env.close()
+
+
+@pytest.mark.parametrize("method", [baselines.Contextual, baselines.LSTM, baselines.MIL])
+def test_wrong_calls_of_a_baseline(method):
+    model, batch = small_baseline(method), frames_batch()
+    context = model.embed(batch["frames_U"])
+    given = batch["images"][:, 0], batch["states"][:, 0]
+    model.predict(*given, context)
+    for call in (lambda: model.embed(batch["frames_U"][..., 1:, :, :]), lambda: model.embed(batch["frames_U"].double()),
+                 lambda: model.predict(*given, context[:1]), lambda: model.predict(*given, context[:, :0]),
+                 lambda: model.predict(given[0], given[1] * torch.nan, context), lambda: baselines.Settings(inner_lr=-1.0),
+                 lambda: model.backward({**batch, "images": batch["images"].double()}), lambda: method(state_std=0.0)):
+        with pytest.raises((TypeError, ValueError)):
+            call()
+
+
+def test_wrong_calls_of_the_simulator():
+    task, env = sim.make_task("test", 0), sim.PushEnv(render_mode=None)
+    for call, message in (
+            (lambda: sim.make_task("holdout", 0), "split"), (lambda: sim.make_task("test", -1), "index"),
+            (lambda: dataclasses.replace(task.target, size=math.nan), "size"), (lambda: dataclasses.replace(task.target, mass=0), "mass"),
+            (lambda: sim.Appearance("dots", ((0, 0, 0),) * 2, 0), "pattern"), (lambda: sim.Appearance("flat", ((0, 0, 2),) * 2, 0), "colours"),
+            (lambda: sim.PushEnv(render_mode="human"), "render_mode"), (lambda: sim.PushEnv(image_size=0), "image_size"),
+            *((lambda options=options: env.reset(options=options), "make_task") for options in (
+                None, {"task": 3}, {"task": task, "side": 0}, {"task": task, "swap": 2}, {"task": task, "sides": 1}))):
+        with pytest.raises(ValueError, match=message):
+            call()
+    with pytest.raises(TypeError):
+        sim.make_task("test", 1.5)
+
+
+def test_what_gymnasium_promises():
+    env, task = sim.PushEnv(), {"task": sim.make_task("test", 0)}
+    for call in (lambda: env.step([0] * 7), env.render, lambda: sim.expert_action(env), lambda: env.target_position):
+        with pytest.raises(RuntimeError, match="call reset first"):
+            call()
+    places = []
+    for seed in (7, None, 7, None, 8):
+        obs, info = env.reset(seed=seed, options=task)
+        places.append(tuple(env.target_position))
+    assert places[:2] == places[2:4] and len(set(places)) == 3
+    assert (env.render() == obs["image"]).all() and env.render_mode in env.metadata["render_modes"]
+    for refused in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="copied or pickled"):
+            refused(env)
+    for name, box in env.observation_space.items():
+        assert obs[name].shape == box.shape and obs[name].dtype == box.dtype and (box.low <= obs[name]).all() and (obs[name] <= box.high).all()
+    assert env.action_space.shape == (7,) and obs.keys() == env.observation_space.keys()
+    while not env.step([0] * 7)[3]:
+        pass
+    with pytest.raises(RuntimeError, match="ended after 100 steps"):
+        env.step([0] * 7)
+    env.close()
+    env.close()
+    copy.deepcopy(env).reset(options=task)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_gymnasiums_own_check():
+    """The wrapper of PushEnv's docstring; Gymnasium is not among the requirements."""
+    gymnasium = pytest.importorskip("gymnasium")
+    from gymnasium.utils.env_checker import check_env
+    names = {"gymnasium": gymnasium, "PushEnv": sim.PushEnv}
+    exec(textwrap.dedent(sim.PushEnv.__doc__[sim.PushEnv.__doc__.index("        class Pushing"):]), names)
+    check_env(names["Pushing"](sim.make_task("test", 0)))
 
 
 def test_a_task_of_ones_own():
@@ -609,7 +719,7 @@ def test_a_task_of_ones_own():
 
 def test_bodies_that_do_not_fit(tmp_path):
     """Too large a pair, and a mesh of squares, are refused at once."""
-    env, task = sim.PushEnv(render=False), sim.make_task("test", 0)
+    env, task = sim.PushEnv(render_mode=None), sim.make_task("test", 0)
     (tmp_path / "squares.obj").write_text("v 0 0 0\nv 1 0 0\nv 1 1 0\nv 0 1 1\nf 1 2 3 4\n")
     for change, message in ((dict(size=0.6), "between them"), (dict(mesh_id=str(tmp_path / "squares.obj")), "triangles")):
         body = dataclasses.replace(task.target, **change)
@@ -710,6 +820,27 @@ def test_loader(tasks):
     fresh.load_state_dict(state)
     got = next(fresh)
     assert all((got[name] == expected[name]).all() for name in expected)
+
+
+def test_wrong_calls_of_the_data(tasks):
+    for call, error, message in (
+            (lambda: data.TaskSet("none", "tset"), ValueError, "splits"), (lambda: tasks.frame(0, 0, 100), IndexError, "time 100"),
+            (lambda: tasks.frame(-1, 0, 0), IndexError, "task -1"), (lambda: tasks.frames(0, [0, 4], 0), IndexError, "demo 4"),
+            (lambda: data.evenly_spaced(100, 1), ValueError, "at least 2"), (lambda: data.evenly_spaced(3, 4), ValueError, "3"),
+            (lambda: data.generate("none", {"tests": 1}, 2, 0), ValueError, "train"), (lambda: data.generate("none", {"val": 0}, 2, 0), ValueError, "1"),
+            (lambda: data.TaskLoader(tasks, 2, 1, 1, 0, seed=0), ValueError, "F is"), (lambda: data.TaskLoader(tasks, 2, 1.0, 1, 2, seed=0), TypeError, "integer"),
+            (lambda: data.TaskLoader(tasks, 2, 1, 1, 2, seed=0, early=math.nan), ValueError, "early"),
+            (lambda: data.TaskLoader(tasks, 2, 1, 1, 2, seed=0, demo_frames=101), ValueError, "101"),
+            (lambda: data.write_data_set("none", random_demos(1, 8, 5, 3, train=(2, 2), val=(1, 2))), ValueError, "first and a last"),
+            (lambda: data.write_data_set("none", random_demos(3, 8, 5, 3, train=(2, 2), valid=(1, 2))), ValueError, "train and val"),
+            (lambda: data.write_data_set("none", random_demos(3, 8, 2, 1, train=(2, 2), val=(1, 2)), {"states": [1, 0], "actions": [1]}), ValueError, "signs")):
+        with pytest.raises(error, match=message):
+            call()
+    demo, = random_demos(100, 16, 20, 7, val=(1, 1))["val"][0]
+    for demos, message in (([demo] * 3, "4 demonstrations"), ([{**demo, "frames": demo["frames"] / 255}] * 4, "uint8")):
+        with pytest.raises(ValueError, match=message):
+            data.write_task("none", tasks.manifest, "val", 0, demos)
+    assert not Path("none").exists()
 
 
 def test_random_support(tasks):

@@ -22,10 +22,10 @@ import torch
 
 import baselines
 import tecnets
-from common import (Parser, UserError, checked, choice, command, cores, locked, number, progress, write_atomically,
-                    write_checked)
-from data import FULL_DATA, TaskLoader, TaskSet, generate, read_manifest, task_path
-from tecnets import TecNets, control_loss, embedding_loss
+from common import (Parser, UserError, checked, choice, command, cores, installed_packages, locked, number, progress, say,
+                    warn_of_packages, write_atomically, write_checked)
+from data import FULL_DATA, TaskLoader, TaskSet, generate, read_manifest, same_data, task_path
+from tecnets import CHOICES, TecNets, control_loss, embedding_loss
 
 FORMAT = 2  # of a checkpoint
 SECONDS_PER_DEMO = 1.0  # that a core needs to record one, for the announcement only
@@ -69,9 +69,9 @@ OPTIONS = {
     "lambda_U": (number(float, 0), 0.2, "weight of the support's control loss"),
     "lambda_q": (number(float, 0), 1.0, "weight of the query's control loss"),
     "normalise_queries": (number(int, 0, 1), 1, "1: cosine similarity (paper); 0: raw queries (official code)"),
-    "support_mean": (choice("mean-norm", "norm-mean-norm"), "mean-norm", "mean-norm (paper) or norm-mean-norm (official code)"),
-    "negatives": (choice("sentences", "queries"), "sentences", "other tasks' sentences (paper) or queries (official code)"),
-    "ends": (choice("both", "first", "last"), "both", "frames that are embedded: both, first or last"),
+    "support_mean": (choice(*CHOICES["support_mean"]), "mean-norm", "mean-norm (paper) or norm-mean-norm (official code)"),
+    "negatives": (choice(*CHOICES["negatives"]), "sentences", "other tasks' sentences (paper) or queries (official code)"),
+    "ends": (choice(*CHOICES["ends"]), "both", "frames that are embedded: both, first or last"),
     "second_order": (number(int, 0, 1), 1, "1: MIL's meta-gradient goes through the inner gradient; 0: first order, "
                      "which leaves its learned loss as it was drawn"),
     "validate_every": (number(int, 1), 500, "steps between validations"),
@@ -83,6 +83,7 @@ OPTIONS = {
 }
 DEFAULTS = {name: default for name, (_, default, _) in OPTIONS.items()}
 SMOKE_DATA = {"tasks": {"train": 16, "val": 4, "test": 4}, "demos": 6, "seed": 0}
+CHANGEABLE = ("device", "data")  # when a run is resumed
 PRESETS = {
     "ours": {},
     "paper": dict(batch=64, support=5, random_support=0, query=5, samples=1, early=1.0, mirror=0, lr=5e-4,
@@ -96,16 +97,17 @@ def parse(argv=None):
     """(the run's folder, preset, whether to resume, the checkpoint to start from, the options that were given)."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                     argument_default=argparse.SUPPRESS)
-    parser.add_argument("--preset", choices=PRESETS, default="ours", help="changes the defaults below")
+    parser.add_argument("--preset", choices=PRESETS, default=None, help="changes the defaults below (default: ours)")
     parser.add_argument("--name", default=None, help="of the run's folder in runs/, the method's or the preset's by default")
-    parser.add_argument("--resume", action="store_true", default=False, help="go on with an interrupted run")
+    parser.add_argument("--resume", action="store_true", default=False, help="go on with an interrupted run; --device and "
+                        "--data may change, as after a move to another machine")
     parser.add_argument("--init", metavar="CHECKPOINT", default=None, help="start from the weights of a checkpoint: fine-tuning")
     for name, (kind, default, text) in OPTIONS.items():
         text += f" (default: {default})" if default is not None else ""
         parser.add_argument("--" + name.replace("_", "-"), dest=name, type=kind, help=text)
     given = vars(parser.parse_args(argv))
     preset, name, resume, init = (given.pop(key) for key in ("preset", "name", "resume", "init"))
-    return Path("runs") / (name or given.get("method", preset)), preset, resume, init, given
+    return Path("runs") / (name or given.get("method", preset or "ours")), preset, resume, init, given
 
 
 def keep_freed_memory():
@@ -128,6 +130,9 @@ def load_checkpoint(path, device="cpu", content=None):
         checkpoint = torch.load(io.BytesIO(checked(content)), map_location=device, weights_only=True)
         version = checkpoint["format"]
         checkpoint["options"] = {**DEFAULTS, **checkpoint["options"]}  # an older program had fewer
+        for name, (kind, default, _) in OPTIONS.items():
+            if checkpoint["options"][name] != default:
+                kind(str(checkpoint["options"][name]))  # raises if it is not what the program admits
     except FileNotFoundError:
         raise UserError(f"no checkpoint {path}: train one with python train.py")
     except OSError:
@@ -143,11 +148,15 @@ def load_model(path, device="cpu", content=None):
     """(the network in evaluation mode, the checkpoint's dict)."""
     checkpoint = load_checkpoint(path, device, content)
     try:
-        network, settings, *_ = METHODS[checkpoint["options"]["method"]]
+        network, settings, _, unused = METHODS[checkpoint["options"]["method"]]
         model = network(settings(**checkpoint["settings"])).to(device)
         model.load_state_dict(checkpoint["model"])
+        if not all(values.isfinite().all() for values in checkpoint["model"].values()) or not (model.state_std > 0).all():
+            raise ValueError("not finite")
+        if "demo_frames" in unused and checkpoint["options"]["demo_frames"] != DEFAULTS["demo_frames"]:
+            raise ValueError("demo_frames")
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):
-        raise UserError(f"{path} does not hold the weights and settings of this program: take another checkpoint")
+        raise UserError(f"{path} does not hold usable weights and settings of this program: take another checkpoint")
     return model.eval(), checkpoint
 
 
@@ -168,7 +177,7 @@ def open_data(options):
     missing = sum(not task_path(folder, split, index).exists() for split in tasks for index in range(tasks[split]))
     if missing and manifest["seed"] is not None:
         minutes = missing * manifest["demos"] * SECONDS_PER_DEMO / cores() / 60
-        print(f"making {missing} tasks of the data set {folder}: about {minutes:.1f} min on {cores()} cores", flush=True)
+        say(f"making {missing} tasks of the data set {folder}: about {minutes:.1f} min on {cores()} cores")
         generate(folder, tasks, manifest["demos"], manifest["seed"])
     return [TaskSet(folder, split, count) for split, count in counts.items()]
 
@@ -193,9 +202,10 @@ class Run:
 
     def __init__(self, folder, options, task_set, val_set, checkpoint=None, init=None):
         self.folder = folder
-        self.manifest = {name: value for name, value in task_set.manifest.items() if name != "tasks"}
-        if checkpoint and checkpoint["manifest"] != self.manifest:
-            raise UserError(f"{options['data']} is not the data set that {folder} was started with: bring that one back")
+        self.manifest = same_data(task_set.manifest)
+        if checkpoint and same_data(checkpoint["manifest"]) != self.manifest:
+            raise UserError(f"{options['data']} is not the data set that {folder} was started with: bring that one back, "
+                            "or say with --data where it is now")
         mirror = int(task_set.mirror is not None) if options["mirror"] is None else options["mirror"]
         self.options = {**options, "tasks": task_set.n_tasks, "val_tasks": val_set.n_tasks, "mirror": mirror}
         self.step, self.seconds, self.best, self.log, self.recent_losses = 0, 0.0, float("inf"), [], []
@@ -258,7 +268,7 @@ class Run:
         return max(10, int(self.options["minutes"] * 60 / pace))
 
     def save(self, name):
-        state = {"format": FORMAT, "options": self.options, "manifest": self.manifest, "settings": vars(self.model.settings),
+        state = {"format": FORMAT, "options": self.options, "manifest": self.manifest, "packages": installed_packages(), "settings": vars(self.model.settings),
                  "step": self.step, "steps": self.steps, "seconds": self.seconds, "best": self.best, "log": self.log,
                  "recent_losses": self.recent_losses, "generator": torch.get_rng_state(),
                  **{name: getattr(self, name).state_dict() for name in ("model", "optimiser", "scheduler", "loader")}}
@@ -267,11 +277,16 @@ class Run:
         write_atomically(self.folder / "log.jsonl", lambda file: file.write(lines.encode()))
 
     def load(self, state):
-        self.step, self.seconds, self.best = state["step"], state["seconds"], state["best"]
-        self.log, self.recent_losses = state["log"], state["recent_losses"]
-        for name in ("model", "optimiser", "scheduler", "loader"):
-            getattr(self, name).load_state_dict(state[name])
-        torch.set_rng_state(state["generator"].cpu())
+        try:
+            self.step, self.seconds, self.best = state["step"], state["seconds"], state["best"]
+            self.log, self.recent_losses = state["log"], state["recent_losses"]
+            for name in ("model", "optimiser", "scheduler", "loader"):
+                getattr(self, name).load_state_dict(state[name])
+            torch.set_rng_state(state["generator"].cpu())
+            if not self.step == self.loader.position == self.scheduler.last_epoch <= self.steps:
+                raise ValueError("of different steps")
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):
+            raise UserError(f"{self.folder}/last.pt does not hold the state of such a run: start another --name")
 
     def train(self, stop):
         """Train to the last step, or until `stop()`; whichever comes, last.pt holds the state."""
@@ -316,6 +331,7 @@ class Run:
 
 def choose_options(preset, given):
     """All options of a new run: the defaults, changed by the preset, by the method, and by what is given."""
+    preset = preset or "ours"
     if "minutes" in given and "steps" in given:
         raise UserError("give --minutes or --steps, not both")
     preset_options = dict(PRESETS[preset])
@@ -335,17 +351,18 @@ def choose_options(preset, given):
 def start(folder, preset, resume, init, given):
     """The new or resumed run of a folder. Raises UserError if it cannot be started."""
     if resume:
-        if init:
-            raise UserError("a resumed run goes on from its own weights: leave --init out")
         checkpoint = load_checkpoint(folder / "last.pt")
         if "optimiser" not in checkpoint:
             raise UserError(f"{folder}/last.pt holds weights only and cannot be resumed: start another --name")
         options = checkpoint["options"]
-        read_manifest(options["data"])  # the data set must be there, a new one is not made
-        changed = [name for name in given if given[name] != options[name]]
-        if changed:
-            raise UserError(f"{folder} was started with another --{changed[0].replace('_', '-')} "
-                            f"({options[changed[0]]}): resume without it, or start another --name")
+        for name, value in {"preset": preset, "init": init, **given}.items():
+            if value not in (None, options.get(name)) and name not in CHANGEABLE:
+                raise UserError(f"{folder} was started with another --{name.replace('_', '-')} ({options.get(name)}): "
+                                "resume without it, or start another --name")
+        options, init = {**options, **given}, None
+        if not (Path(options["data"]) / "manifest.json").exists():  # a new one is not made
+            raise UserError(f"no data set in {options['data']}, where {folder} had it: say with --data where it is now")
+        warn_of_packages(checkpoint.get("packages", {}), folder)
     else:
         if (folder / "last.pt").exists():
             raise UserError(f"{folder} holds a run: go on with --resume, choose another --name, or delete it")
@@ -364,14 +381,13 @@ def main():
         signals = []
         for name in (signal.SIGINT, signal.SIGTERM):
             signal.signal(name, lambda signal_number, _: signals.append(signal_number))
-        print(f"{folder}: step {run.step} of {run.steps}, {run.options['tasks']} training tasks, "
-              f"{run.options['batch']} a step", flush=True)
+        say(f"{folder}: step {run.step} of {run.steps}, {run.options['tasks']} training tasks, {run.options['batch']} a step")
         run.train(stop=lambda: bool(signals))
     if signals:
-        print(f"stopped at step {run.step} of {run.steps}: go on with --resume")
+        say(f"stopped at step {run.step} of {run.steps}: go on with --resume")
         raise SystemExit(128 + signals[0])
-    print(f"{folder}/best.pt: control loss {run.best:.4f} on validation tasks, {run.seconds / 60:.1f} min")
+    say(f"{folder}/best.pt: control loss {run.best:.4f} on validation tasks, {run.seconds / 60:.1f} min")
 
 
 if __name__ == "__main__":
-    command(main)
+    command(main, "lower --chunk first, then --batch or --samples")
