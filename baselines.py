@@ -14,8 +14,8 @@ draw 8 control samples and run in bfloat16. How the times of control samples are
 the schedule of the learning rate are those of our TecNets; METHODS in train.py lists other defaults.
 
 `embed` turns demonstrations into a context, `predict` and `act` take the place of TecNets' with
-the context for the sentence. What is given is checked as there. Dimensions in comments: B tasks, K demos of a task, n frames of a demo,
-evenly spaced, M control samples of a task, N images, H x W pixels, S in a state, A in an action.
+the context for the sentence; what is given is checked as there. Dimensions in comments: B tasks, K demos
+of a task, n frames of a demo, evenly spaced, M control samples of a task, N images, H x W pixels, S in a state, A in an action.
 """
 from dataclasses import dataclass
 
@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tecnets import check, check_batch, check_settings, statistics
+from tecnets import check, check_batch, check_settings, gathered, statistics
 
 
 @dataclass(frozen=True)
@@ -137,13 +137,14 @@ class Baseline(nn.Module):
         """Add the gradient of the query demos' control loss to the parameters' and return it.
 
         `batch` is that of TecNets; of the support demos the frames `frames_U` (B, K, n, H, W, 3) are used,
-        of the query demos the control samples. Tasks run in chunks of at most `chunk` of these together.
+        of the query demos the control samples. Tasks run in chunks of at most `chunk` of these together. Several
+        processes have a share each, as with TecNets.
         """
         check_batch(self.settings, batch, "n")
         images, states, actions = (batch[name][:, 1] for name in ("images", "states", "actions"))
-        B, total = len(images), 0.0
+        B, total = len(gathered(actions)), 0.0
         frames = images.shape[1] + batch["frames_U"].shape[1] * batch["frames_U"].shape[2]
-        for part in torch.arange(B).split(max(1, chunk // frames)):
+        for part in torch.arange(len(images)).split(max(1, chunk // frames)):
             at = slice(int(part[0]), int(part[-1]) + 1)
             prediction = self.predict(images[at], states[at], self.embed(batch["frames_U"][at]))
             loss = len(part) / B * F.mse_loss(prediction, actions[at])

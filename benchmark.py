@@ -9,10 +9,12 @@ import contextlib
 import itertools
 import json
 import statistics
+import tempfile
 import time
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
 import sim
@@ -21,7 +23,7 @@ from common import Parser, command, cores, parallel, say, write_atomically
 from data import TaskLoader, TaskSet
 from evaluate import SHIPPED, run_trials
 from tecnets import TecNets
-from train import keep_freed_memory, to_tensors
+from train import add_up, has_bfloat16, keep_freed_memory, to_tensors
 
 B, SAMPLES = 64, 2  # tasks a step; control samples of the support and of the query demo
 
@@ -96,12 +98,54 @@ def act(data):
 
 
 def loader(data):
+    keep_freed_memory()
     model, batches = TecNets(), TaskLoader(data, B, 1, 1, SAMPLES, seed=0)
-    model.use_bfloat16 = True
+    model.use_bfloat16 = has_bfloat16("cpu")
     t, ready = medians(batch=lambda: batches.batch(0)), itertools.repeat(batches.batch(0))
     for name, source in (("step", ready), ("step with loader", batches)):
         t |= medians(36, **{name: lambda: model.backward(to_tensors(next(source), "cpu"))})
     return {**t, "step / batch": t["step"] / t["batch"], "slow-down": t["step with loader"] / t["step"]}
+
+
+def feeding(data):
+    """Batches a second against the number of threads that prepare them, without a training step beside."""
+    keep_freed_memory()
+    rates, batches = {}, 36
+    for threads in (1, 2, 4, 8):
+        source = TaskLoader(data, B, 1, 1, SAMPLES, seed=0, threads=threads)
+        next(source)
+        start = time.perf_counter()
+        for _ in range(batches):
+            next(source)
+        rates[f"batches/s, {threads} threads"] = batches / (time.perf_counter() - start)
+    return rates
+
+
+def steps_of(part, parts, threads, store, repeats=9):
+    """The median seconds of a training step whose tasks `parts` processes share, on `threads` threads each."""
+    torch.set_num_threads(threads)
+    keep_freed_memory()
+    if parts > 1:
+        dist.init_process_group("gloo", f"file://{store}", rank=part, world_size=parts)
+    model, batch = TecNets(), random_batch(B // parts)
+    model.use_bfloat16 = has_bfloat16("cpu")
+
+    def step():
+        model.zero_grad()
+        losses = model.backward(batch)
+        add_up([*(p.grad for p in model.parameters()), *losses.values()])
+    return medians(repeats, step=step)["step"]
+
+
+def processes(data):
+    """The same training step by two threads of one process and by two processes of one thread, in turn."""
+    seconds = {"one process, two threads": [], "two processes, one thread": []}
+    with tempfile.TemporaryDirectory() as folder:
+        for turn, (name, times) in itertools.product(range(3), seconds.items()):
+            parts = 2 if name.startswith("two") else 1
+            jobs = [(part, parts, 2 // parts, f"{folder}/{turn}") for part in range(parts)]
+            times.append(max(parallel(steps_of, jobs, workers=2)))
+    return {name: statistics.median(times) for name, times in seconds.items()}
 
 
 def simulator(data):
@@ -129,13 +173,17 @@ def memory(data):
     return {f"bytes, B = {B}": small, f"bytes, B = {8 * B}": large, "ratio": large / small}
 
 
+STAGES = {stage.__name__: stage for stage in (training_step, act, loader, feeding, processes, simulator, evaluation, memory)}
+
+
 def main():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="data/push", help="data set of 64 training tasks or more")
     parser.add_argument("--json", help="file for the figures")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, metavar="STAGE", help=f"of {', '.join(STAGES)}")
     args = parser.parse_args()
     data, report = TaskSet(args.data, "train", B), {}
-    for stage in (training_step, act, loader, simulator, evaluation, memory):
+    for stage in (STAGES[name] for name in args.stages):
         report[stage.__name__] = values = stage(data)
         say("\n".join([stage.__name__, *(f"  {name:28} {value:.4g}" for name, value in values.items())]))
     if args.json:

@@ -12,6 +12,7 @@ import os
 import queue
 import re
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -72,9 +73,11 @@ def command(main, less="take less at a time"):
     except (UserError, OSError) as error:
         fail(error)
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory|bad_alloc", str(error)):
-            raise
-        fail(f"not enough memory: {less}")
+        if isinstance(error, MemoryError) or re.search("out of memory|allocate memory|bad_alloc", str(error)):
+            fail(f"not enough memory: {less}")
+        if re.search("(closed|reset) by peer|NCCL|gloo", str(error)):
+            fail("another process of this job has ended: its own message says why; the same can be gone on with")
+        raise
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     finally:
@@ -118,6 +121,15 @@ def choice(*words):
             raise argparse.ArgumentTypeError(f"{text} is not one of {', '.join(words)}")
         return text
     return parse
+
+
+def launched():
+    """(rank, number of processes, rank on this machine) as torchrun, srun and mpirun tell; (0, 1, 0) without them."""
+    for names in (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
+                  ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK")):
+        if all(name in os.environ for name in names):
+            return tuple(int(os.environ[name]) for name in names)
+    return 0, 1, 0
 
 
 def progress(line, end=False):
@@ -203,29 +215,35 @@ def work(descriptor):
         connection.send(outcome)
 
 
-@contextlib.contextmanager
-def locked(folder):
-    """Make a folder and keep other processes from writing to it. Raises UserError if one does.
+def share(text):
+    """An argparse type: I/N, the I-th of N shares of a job, I from 0 to N - 1."""
+    part, _, parts = text.partition("/")
+    if not (part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
+        raise argparse.ArgumentTypeError(f"{text} is not I/N with I from 0 to N - 1")
+    return int(part), int(parts)
 
-    On a file system without locks it only warns: what a program goes on from is checked in any case.
+
+@contextlib.contextmanager
+def locked(folder, part=0, parts=1):
+    """Make a folder and keep other processes from writing to it, but for those of other parts of the same job.
+
+    Raises UserError if one does. On a file system without locks it only warns: what a program goes on from is checked
+    in any case.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
+    locks = [(".lock", fcntl.LOCK_SH), (f".lock-{part}-of-{parts}", fcntl.LOCK_EX)] if parts > 1 else [(".lock", fcntl.LOCK_EX)]
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for name, kind in locks:
+                fcntl.flock(stack.enter_context(open(folder / name, "w")), kind | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{folder} is being written by another process: wait for it or choose another folder")
         except OSError as error:
             say(f"warning: {folder} cannot be locked ({error}): see to it that no other process writes to it, or "
                 "choose a folder on another disk", stream="stderr")
-        remove_stale(folder)
+        for stale in folder.glob("*" + TEMPORARY) if parts == 1 else ():  # left by killed processes
+            stale.unlink(missing_ok=True)
         yield
-
-
-def remove_stale(folder):
-    """Delete the temporary files that killed processes left in a folder."""
-    for stale in folder.glob("*" + TEMPORARY):
-        stale.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -269,16 +287,16 @@ def checked(content):
 
 
 def read_arrays(path, shapes, identity):
-    """The arrays of an npz file that write_checked wrote; `shapes` maps their names to (shape, dtype), None is any length.
+    """The arrays of an npz file that write_checked wrote; `shapes` maps their names to (shape, dtype).
 
-    The last bytes of what was written are its `identity`. Takes no more memory than the file has bytes, whatever its
+    Of an array of bytes of any length, of the shape (None,), only the place is returned, a range of the file's bytes. The last bytes of what was written are its `identity`. Takes no more memory than the file has bytes, whatever its
     headers promise. Raises ValueError, which says what is wrong.
     """
     content = path.read_bytes()
     try:
         content = checked(content)
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            arrays = {name: _read_array(archive, name, *shapes[name]) for name in shapes}
+            arrays = {name: _read_array(content, archive, name, *shapes[name]) for name in shapes}
     except WrongArray as error:
         raise ValueError(f"is of another data set: {error}")
     except (ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile):
@@ -292,8 +310,9 @@ class WrongArray(Exception):
     """An intact array of another shape or type than was asked for."""
 
 
-def _read_array(archive, name, shape, dtype):
-    if archive.getinfo(name + ".npy").compress_type != zipfile.ZIP_STORED:
+def _read_array(content, archive, name, shape, dtype):
+    info = archive.getinfo(name + ".npy")
+    if info.compress_type != zipfile.ZIP_STORED:
         raise ValueError("compressed")
     with archive.open(name + ".npy") as file:
         np.lib.format.read_magic(file)
@@ -301,4 +320,9 @@ def _read_array(archive, name, shape, dtype):
         wanted = len(found) == len(shape) and all(n in (None, m) for n, m in zip(shape, found))
         if not wanted or found_dtype != dtype or fortran_order:
             raise WrongArray(f"{name} {found_dtype} {found}, not {dtype} {shape}")
+        if None in shape:  # after a header of the zip file, with two parts of variable length, and one of numpy's
+            start = info.header_offset + 30 + sum(struct.unpack_from("<HH", content, info.header_offset + 26)) + file.tell()
+            if found[0] != info.file_size - file.tell():
+                raise ValueError("length")
+            return range(start, start + found[0])
         return np.frombuffer(file.read(), dtype).reshape(found)

@@ -1,6 +1,7 @@
 """The data set of demonstrations, and the loader that draws few-shot batches from it.
 
     python data.py --out data/push
+    python data.py --out data/push --share 3/8   # on each of 8 machines with a common folder, 0/8 to 7/8
 
 writes one `SPLIT/INDEX.npz` a task: states, clean expert actions, and frames that are compressed
 one by one (so that any frame is read alone), beside a `manifest.json`. An interrupted run is
@@ -12,6 +13,7 @@ import hashlib
 import json
 import math
 import operator
+import os
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -19,8 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-from common import (Parser, UserError, command, cores, installed_packages, locked, number, parallel, progress, read_arrays,
-                    remove_stale, say, warn_of_packages, write_atomically, write_checked)
+from common import (TEMPORARY, Parser, UserError, command, cores, installed_packages, launched, locked, number, parallel, progress,
+                    read_arrays, say, share, warn_of_packages, write_atomically, write_checked)
 
 # The simulator is imported where demonstrations are recorded: to read a data set takes no PyBullet.
 
@@ -70,18 +72,19 @@ def _record_task(folder, manifest, split, index):
     env.close()
 
 
-def generate(folder, counts, demos, seed, workers=None):
+def generate(folder, counts, demos, seed, workers=None, part=0, parts=1):
     """Write (or finish, or extend) a data set of the simulator; `counts` maps a split to its number of tasks.
 
+    Of a job in several `parts`, on one machine or many, this makes one. Returns how many tasks of the set are missing.
     Raises ValueError for an unknown split, UserError if the folder holds data of other settings or is being written
     by another process.
     """
     import sim
     if not counts.keys() <= set(SPLITS) or min(demos, *counts.values()) < 1:
-        raise ValueError(f"a data set has 1 task or more of {', '.join(SPLITS)} and 1 demonstration or more, not {counts} and {demos}")
+        raise ValueError(f"a data set has tasks of {', '.join(SPLITS)}, 1 or more, and as many demos, not {counts} and {demos}")
     manifest = dict(version=VERSION, seed=seed, demos=demos, noise=NOISE, horizon=sim.HORIZON, image_size=sim.IMAGE_SIZE,
                     state_dim=sim.STATE_DIM, action_dim=sim.ACTION_DIM, mirror=sim.MIRROR, tasks=counts)
-    make_tasks(Path(folder), manifest, _record_task, workers)
+    return make_tasks(Path(folder), manifest, _record_task, workers, part, parts)
 
 
 def write_data_set(folder, tasks, mirror=None):
@@ -166,12 +169,12 @@ def task_path(folder, split, index):
     return Path(folder) / split / f"{index:05d}.npz"
 
 
-def make_tasks(folder, manifest, write, workers, *arguments):
-    """Call `write(folder, manifest, split, index, *arguments)` in parallel for the tasks that are not there yet.
+def make_tasks(folder, manifest, write, workers, part, parts, *arguments):
+    """Call `write(folder, manifest, split, index, *arguments)` in parallel for a part's tasks that are not there yet.
 
-    A manifest that is there must agree.
+    A manifest that is there must agree. Returns how many tasks of the whole set are missing in the end.
     """
-    with locked(folder):
+    with locked(folder, part, parts):
         counts, old = manifest["tasks"], {"tasks": {}}
         if (folder / "manifest.json").exists():
             old = read_manifest(folder)
@@ -182,15 +185,18 @@ def make_tasks(folder, manifest, write, workers, *arguments):
         tasks = {split: max(counts.get(split, 0), old["tasks"].get(split, 0)) for split in SPLITS}
         manifest = {**manifest, "packages": installed_packages(), **old, "tasks": tasks}
         write_manifest(folder, manifest)
-        for split in counts:
-            remove_stale(folder / split)
-        jobs = [(folder, manifest, split, index, *arguments) for split in counts for index in range(counts[split])
-                if not task_path(folder, split, index).exists()]
+        paths = {(split, index): task_path(folder, split, index) for split in counts for index in range(counts[split])}
+        mine = list(paths)[part::parts]
+        for stale in folder.glob("*/*" + TEMPORARY):  # left by killed processes
+            if str(stale).startswith(tuple(f"{paths[task]}." for task in mine)):
+                stale.unlink(missing_ok=True)
+        jobs = [(folder, manifest, *task, *arguments) for task in mine if not paths[task].exists()]
         start = time.monotonic()
         for done, _ in enumerate(parallel(write, jobs, workers or cores()), 1):
             seconds = time.monotonic() - start
             progress(f"{done}/{len(jobs)} tasks, {done * manifest['demos'] * manifest['horizon'] / seconds:.0f} frames/s, "
                      f"{seconds / done * (len(jobs) - done) / 60:.1f} min left", end=done == len(jobs))
+        return sum(not path.exists() for path in paths.values())
 
 
 def write_manifest(folder, manifest):
@@ -230,7 +236,9 @@ def read_manifest(folder):
 # Reading --------------------------------------------------------------------------------------
 
 class TaskSet:
-    """All demonstrations of a split, in memory: frames compressed, first and last ones ready.
+    """All demonstrations of a split: in memory but for the frames, of which only the first and last ones are.
+
+    The others are read when they are wanted: the system keeps in memory, once for all processes, what there is room for.
 
     N tasks with D demonstrations of T steps: `states` (N, D, T, S) and `actions` (N, D, T, A) float32;
     `ends` (N, D, 2, H, W, 3) uint8, the first and last frames; `mirror`, the signs of a mirrored state and
@@ -244,18 +252,20 @@ class TaskSet:
         size, available = self.manifest["image_size"], self.manifest["tasks"].get(split, 0)
         count = available if tasks is None else tasks
         if not 0 < count <= available:
-            raise UserError(f"{folder} has {available} {split} tasks, not {max(1, count)}: ask for fewer, or add more by "
-                            f"{data_command(folder, {**self.manifest, 'tasks': {**self.manifest['tasks'], split: max(1, count)}})}")
+            wanted = max(1, count)
+            raise UserError(f"{folder} has {available} {split} tasks, not {wanted}: ask for fewer, or add more by "
+                            f"{data_command(folder, {**self.manifest, 'tasks': {**self.manifest['tasks'], split: wanted}})}")
         self.frame_shape = (size, size, 3)
         arrays = [self._read(folder, split, index) for index in range(count)]
-        self._frames, self._offsets = ([task[name] for task in arrays] for name in ("frames", "offsets"))
+        self._paths = [task_path(folder, split, index) for index in range(count)]
+        self._offsets = [task["frames"].start + task["offsets"] for task in arrays]
         self.states, self.actions = (np.array([task[name] for task in arrays]) for name in ("states", "actions"))
         self.mirror = self.manifest["mirror"] and {name: np.float32(signs) for name, signs in self.manifest["mirror"].items()}
         self.n_tasks, self.n_demos, self.horizon = count, self.manifest["demos"], self.manifest["horizon"]
         self.ends = self.frames(np.arange(count)[:, None, None], np.arange(self.n_demos)[:, None], evenly_spaced(self.horizon, 2))
 
     def _read(self, folder, split, index):
-        """A task's arrays, checked: `states`, `actions`, `offsets`, `frames`."""
+        """A task's arrays, checked: `states`, `actions`, `offsets`, and the place of `frames`."""
         path = task_path(folder, split, index)
         D, T, S, A = (self.manifest[name] for name in ("demos", "horizon", "state_dim", "action_dim"))
         shapes = {"states": ((D, T, S), "<f4"), "actions": ((D, T, A), "<f4"), "offsets": ((D * T + 1,), "<i8"),
@@ -263,7 +273,7 @@ class TaskSet:
         remedy = data_command(folder, self.manifest)
         try:
             arrays = read_arrays(path, shapes, task_identity(self.manifest, split, index))
-            if len(arrays["frames"]) != arrays["offsets"][-1]:
+            if (np.diff(arrays["offsets"], prepend=0) < 0).any() or len(arrays["frames"]) != arrays["offsets"][-1]:
                 raise ValueError("is damaged")
             if not all(np.isfinite(arrays[name]).all() for name in ("states", "actions")):
                 raise ValueError("holds numbers that are not finite")
@@ -279,9 +289,11 @@ class TaskSet:
             raise IndexError(f"no frame of task {task}, demo {demo}, time {time}: there are {self.n_tasks} tasks of "
                              f"{self.n_demos} demos of {self.horizon} frames")
         at = demo * self.horizon + time
-        start, stop = self._offsets[task][at:at + 2]
+        start, stop = self._offsets[task][at:at + 2].tolist()
+        with open(self._paths[task], "rb", buffering=0) as file:
+            compressed = os.pread(file.fileno(), stop - start, start)
         try:
-            pixels = zlib.decompressobj().decompress(self._frames[task][start:stop], math.prod(self.frame_shape))
+            pixels = zlib.decompressobj().decompress(compressed, math.prod(self.frame_shape))
             return np.frombuffer(pixels, np.uint8).reshape(self.frame_shape)
         except (zlib.error, ValueError):
             raise UserError(f"task {task}, demo {demo}, time {time}: not a frame of {self.frame_shape}; make the data anew")
@@ -306,31 +318,36 @@ class TaskLoader:
     A batch has B different tasks; of each K support and Q query demos, all different, and F control samples of each
     of the two sets, every one at a random time of a random demo of its set: T u^early with a uniform u, so early = 1
     is uniform and more favours a demo's beginning. With `random_support` every batch draws its K from 1 to the K given.
-    With `mirror` half of the tasks are seen in a mirror, all their demos alike.
+    With `mirror` half of the tasks are seen in a mirror, all their demos alike. Of N processes that have a `share`
+    (i, N) each, the i-th gets the i-th part of every batch's tasks.
 
     It is a dict of uint8 and float32 arrays, U for support and q for query, before one another on axis 1 where both
     are in one, and n the `demo_frames` of a support demo, evenly spaced: `frames_U` (B, K, n, H, W, 3), `frames_q`
     (B, Q, 2, H, W, 3), `images` (B, 2, F, H, W, 3), `states` (B, 2, F, S), `actions` (B, 2, F, A). What was drawn is
     told by `tasks` (B,), `mirrored` (B,), `demos` (B, K + Q), `control_demos` (B, 2, F) and `times` (B, 2, F).
-    Batches are prepared ahead on a background thread. Raises UserError if B or K + Q are too many, ValueError for
-    numbers that make no sense.
+    Batches are prepared ahead on background `threads`, at most two more than there are threads. Raises UserError if
+    B or K + Q are too many, ValueError for numbers that make no sense.
     """
 
-    def __init__(self, task_set, B, K, Q, F, seed, early=1.0, random_support=False, mirror=False, demo_frames=2, ahead=3):
-        for name, value in dict(B=B, K=K, Q=Q, F=F, early=early, ahead=ahead).items():
+    def __init__(self, task_set, B, K, Q, F, seed, early=1.0, random_support=False, mirror=False, demo_frames=2,
+                 threads=1, share=(0, 1)):
+        for name, value in dict(B=B, K=K, Q=Q, F=F, early=early, threads=threads).items():
             if (value if name == "early" else operator.index(value)) < 1 or not math.isfinite(value):
                 raise ValueError(f"{name} is a number from 1 on, not {value}")
         self.demo_times = evenly_spaced(task_set.horizon, demo_frames)
         if B > task_set.n_tasks:
             raise UserError(f"a batch of {B} tasks needs as many, there are {task_set.n_tasks}: lower --batch, or take more tasks")
+        if B < share[1]:
+            raise UserError(f"a batch of {B} tasks cannot be shared by {share[1]} processes: raise --batch, or start fewer")
         if K + Q > task_set.n_demos:
             raise UserError(f"K + Q = {K} + {Q} demos are more than the {task_set.n_demos} of a task: lower --support or --query")
         if mirror and not task_set.mirror:
             raise UserError("nothing tells how these data look in a mirror: give write_data_set its signs, or use --mirror 0")
         self.task_set, self.B, self.K, self.Q, self.F, self.seed, self.early = task_set, B, K, Q, F, seed, early
         self.random_support, self.mirror = random_support, mirror
+        self.share = slice(*(B * (share[0] + i) // share[1] for i in (0, 1)))
         self.position = 0
-        self._pool, self._ahead, self._queue = ThreadPoolExecutor(1), ahead, collections.deque()
+        self._pool, self._ahead, self._queue = ThreadPoolExecutor(threads), threads + 2, collections.deque()
 
     def batch(self, position):
         """The batch at a position of the sequence."""
@@ -344,6 +361,8 @@ class TaskLoader:
         picks = np.stack([rng.integers(0, K, (B, F)), rng.integers(K, K + Q, (B, F))], 1)  # (B, 2, F)
         control_demos = np.take_along_axis(demos[:, None], picks, 2)  # (B, 2, F)
         times = (data.horizon * rng.random((B, 2, F)) ** self.early).astype(int)
+        tasks, mirrored, demos, control_demos, times = (
+            drawn[self.share] for drawn in (tasks, mirrored, demos, control_demos, times))
         at = tasks[:, None, None], control_demos, times
         if len(self.demo_times) == 2:
             frames_U = data.ends[tasks[:, None], demos[:, :K]]
@@ -384,9 +403,12 @@ def main():
     parser.add_argument("--demos", type=number(int, 2), default=FULL_DATA["demos"], help="demonstrations a task")
     parser.add_argument("--workers", type=number(int, 1), default=cores(), help="processes")
     parser.add_argument("--seed", type=number(int, 0), default=FULL_DATA["seed"], help="seed of all demonstrations")
+    parser.add_argument("--share", type=share, default=launched()[:2], metavar="I/N", help="make the I-th of N shares only, "
+                        "I from 0 (default: the rank that torchrun or srun gives, else all)")
     args = parser.parse_args()
-    generate(args.out, {"test": args.test, "val": args.val, "train": args.train}, args.demos, args.seed, args.workers)
-    say(f"{args.out}: {read_manifest(args.out)['tasks']} tasks")
+    missing = generate(args.out, {"test": args.test, "val": args.val, "train": args.train}, args.demos, args.seed,
+                       args.workers, *args.share)
+    say(f"{args.out}: {read_manifest(args.out)['tasks']} tasks, {f'{missing} of them still to come' if missing else 'all there'}")
 
 
 if __name__ == "__main__":

@@ -5,11 +5,12 @@
     python evaluate.py --policy expert --out runs/expert
     python evaluate.py --only 52 --film-failures           # what goes wrong in test task 52
     python evaluate.py --embedding-map map.png             # where the sentences of the test tasks lie
+    python evaluate.py --out runs/shared --share 3/8       # on each of 8 machines with a common folder, 0/8 to 7/8
 
 The default protocol is the paper's: 74 test tasks x 6 trials, one demonstration and five. Prints a
 table and writes DIR/results.json with a row for every trial. With the same weights, demonstrations and
 seed the rows are the same, whatever the number of workers. An interrupted evaluation goes on with the same command: every
-finished trial is in DIR/trials.jsonl. Demonstrations come from the data set, or are recorded on the fly.
+finished trial is in DIR/trials.jsonl; of several shares the last to finish writes the results. Demonstrations come from the data set, or are recorded on the fly.
 """
 import argparse
 import functools
@@ -28,8 +29,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 import sim
-from common import (Parser, UserError, command, cores, installed_packages, locked, number, parallel, progress, say,
-                    warn_of_packages, write_atomically, writing)
+from common import (Parser, UserError, command, cores, installed_packages, launched, locked, number, parallel, progress,
+                    say, share, warn_of_packages, write_atomically, writing)
 from data import FULL_DATA, TaskSet, evenly_spaced, record_demo
 from train import METHODS, load_model
 
@@ -108,9 +109,9 @@ def _load_network(checkpoint):
     return model, content["options"]["demo_frames"]
 
 
-def _run_task(policy_name, checkpoint, split, index, trials, shots, seed, demos, demo_seed, films, film_failures, out):
+def _run_task(policy_name, checkpoint, split, index, trials, shots, seed, demos, demo_seed, films, film_failures, record):
     """The trials of one task with one number of shots: rows, each also appended to the record."""
-    task = sim.make_task(split, index)
+    out, task = record and record.parent, sim.make_task(split, index)
     pictures = policy_name not in ("expert", "random") or films or film_failures
     env = sim.PushEnv(render_mode="rgb_array" if pictures else None)
     demos = [record_demo(env, task, demo, demo_seed) if isinstance(demo, int) else demo for demo in demos]
@@ -138,8 +139,8 @@ def _run_task(policy_name, checkpoint, split, index, trials, shots, seed, demos,
             if trial < min(FILMED_TRIALS, len(trials)) - 1:
                 continue  # these trials are recorded together, with their GIF
             save_gif(out / f"task{index:02d}-shots{shots}.gif", [demo["frames"] for demo in demos[:1]], filmed)
-        if out:
-            with writing(out / "trials.jsonl"), open(out / "trials.jsonl", "a") as file:
+        if record:
+            with writing(record), open(record, "a") as file:
                 file.write("".join(_line(row) for row in rows[recorded:]))
             recorded = len(rows)  # of a last line that a kill has cut the trial is run again
     env.close()
@@ -147,21 +148,23 @@ def _run_task(policy_name, checkpoint, split, index, trials, shots, seed, demos,
 
 
 def run_trials(policy, split, tasks, trials, shots, seed, workers, checkpoint=None, data=None, films=0,
-               film_failures=False, out=None, done=()):
+               film_failures=False, record=None, done=(), part=0, parts=1):
     """The rows of `trials` trials of each of the `tasks` (a list of numbers), sorted by task and trial.
+
+    Of several `parts` this tries every parts-th task, from the number `part` of the list on.
 
     `checkpoint` is the content of one, for the networks. Demonstrations are a seeded choice of
     a task's, from the TaskSet `data` or, without one, recorded.
-    `done` are rows of trials that need not be run again. With a folder `out`, every row is appended to its
-    trials.jsonl, the first trials of the first `films` tasks become a GIF, and, with `film_failures`, every failure.
+    `done` are rows of trials that need not be run again. Every row is appended to the file `record`; in its folder
+    the first trials of the first `films` tasks become a GIF, and, with `film_failures`, every failure.
     """
     jobs, demo_frames = [], _load_network(checkpoint)[1] if checkpoint else 2
     demo_seed, n_demos = (data.manifest["seed"], data.n_demos) if data else (FULL_DATA["seed"], FULL_DATA["demos"])
     if shots > n_demos:
         raise UserError(f"{shots} shots need as many demonstrations, a task has {n_demos}: lower --shots")
     rows = [row for row in done if row["shots"] == shots]
-    finished = {(row["task"], row["trial"]) for row in rows}
-    for order, index in enumerate(tasks):
+    finished, planned = {(row["task"], row["trial"]) for row in rows}, len(tasks[part::parts]) * trials
+    for order, index in list(enumerate(tasks))[part::parts]:
         missing = [trial for trial in range(trials) if (index, trial) not in finished]
         chosen = np.random.default_rng([seed, index]).permutation(n_demos)[:shots].tolist()
         filmed = order < films and 0 in missing
@@ -169,12 +172,12 @@ def run_trials(policy, split, tasks, trials, shots, seed, workers, checkpoint=No
             times = range(data.horizon) if filmed or film_failures else evenly_spaced(data.horizon, demo_frames)
             chosen = [{"frames": data.frames(index, demo, times)} for demo in chosen]
         if missing:
-            jobs.append((policy, checkpoint, split, index, missing, shots, seed, chosen, demo_seed, filmed, film_failures, out))
+            jobs.append((policy, checkpoint, split, index, missing, shots, seed, chosen, demo_seed, filmed, film_failures, record))
     start, before = time.monotonic(), len(rows)
     for task_rows in parallel(_run_task, jobs, workers):
         rows += task_rows
-        left = len(tasks) * trials - len(rows)
-        progress(f"{policy}, {shots} shots: {len(rows)}/{len(tasks) * trials} trials, "
+        left = planned - len(rows)
+        progress(f"{policy}, {shots} shots: {len(rows)}/{planned} trials, "
                  f"{100 * sum(row['success'] for row in rows) / len(rows):.1f} % success, "
                  f"{(time.monotonic() - start) / (len(rows) - before) * left:.0f} s left", end=not left)
     return sorted(rows, key=lambda row: (row["task"], row["trial"]))
@@ -196,29 +199,38 @@ def keyed(rows):
     return {(row["shots"], row["task"], row["trial"]): row for row in rows}
 
 
-def resume(record, evaluation):
-    """The rows of the trials.jsonl of an interrupted evaluation, each once; begins the file if there is none.
+def read_record(record, evaluation):
+    """(the packages, the rows, each once) of the trials.jsonl of an interrupted evaluation, or of one of its shares.
 
     Raises UserError if it is damaged or belongs to another evaluation.
     """
     lines = []
-    if record.exists():
-        for line in record.read_text(errors="replace").split("\n")[:-1]:  # without a torn last line
-            try:
-                lines.append(json.loads(line[9:]))
-            except ValueError:
-                lines.append(None)
-            if _line(lines[-1]) != line + "\n":
-                raise UserError(f"{record} is damaged: delete it to evaluate anew")
-    header = lines[0] if lines else {**evaluation, "packages": installed_packages()}
-    packages = header.pop("packages", {})
-    rows = keyed(lines[1:])
+    for line in record.read_text(errors="replace").split("\n")[:-1]:  # without a torn last line
+        try:
+            lines.append(json.loads(line[9:]))
+        except ValueError:
+            lines.append(None)
+        if _line(lines[-1]) != line + "\n":
+            raise UserError(f"{record} is damaged: delete it to evaluate anew")
+    header = lines[0] if lines else dict(evaluation)
+    packages, rows = header.pop("packages", installed_packages()), keyed(lines[1:])
     if header != evaluation or not rows.keys() <= plan(evaluation) or any(row not in rows.values() for row in lines[1:]):
         raise UserError(f"{record} belongs to another evaluation: choose another --out, or delete it")
+    return packages, list(rows.values())
+
+
+def resume(record, evaluation):
+    """Begin the record of an evaluation, or make the one that is there whole."""
+    packages, rows = read_record(record, evaluation) if record.exists() else (installed_packages(), [])
     warn_of_packages(packages, record)
-    lines = [{**header, "packages": packages}, *rows.values()]
+    lines = [{**evaluation, "packages": packages}, *rows]
     write_atomically(record, lambda file: file.writelines(_line(values).encode() for values in lines))
-    return list(rows.values())
+
+
+def recorded(out, evaluation):
+    """The rows of all records in a folder, each trial once, sorted."""
+    rows = keyed(row for record in out.glob("trials*.jsonl") for row in read_record(record, evaluation)[1])
+    return [rows[key] for key in sorted(rows)]
 
 
 # Results --------------------------------------------------------------------------------------
@@ -331,7 +343,8 @@ def parse():
     parser.add_argument("--checkpoint", default=SHIPPED, help="of a network (default: the weights in results/)")
     parser.add_argument("--data", default="data/push", help="data set to take demonstrations from, if it is there")
     parser.add_argument("--split", choices=sim.SPLITS, default="test")
-    parser.add_argument("--tasks", type=number(int, 1, 10 ** 6), default=FULL_DATA["tasks"]["test"], help="the first tasks of the split")
+    parser.add_argument("--tasks", type=number(int, 1, 10 ** 6), default=FULL_DATA["tasks"]["test"],
+                        help="the first tasks of the split")
     parser.add_argument("--only", type=number(int, 0), nargs="+", metavar="TASK", help="these tasks in place of --tasks")
     parser.add_argument("--trials", type=number(int, 1, 10 ** 6), default=6, help="trials a task")
     parser.add_argument("--shots", type=number(int, 1), nargs="+", default=[1, 5], help="demonstrations a task")
@@ -340,6 +353,8 @@ def parse():
     parser.add_argument("--policy", "--method", choices=POLICIES,
                         help="by default the checkpoint's; no-demo: TecNets with a zero sentence")
     parser.add_argument("--out", default="runs/evaluation", help="folder of results.json and the GIFs")
+    parser.add_argument("--share", type=share, default=launched()[:2], metavar="I/N", help="try the I-th of N shares of the "
+                        "tasks, I from 0; the last to finish writes the results (default: as torchrun or srun says, else all)")
     parser.add_argument("--gif", type=number(int, 0), default=0, help="film the first trials of this many tasks")
     parser.add_argument("--film-failures", action="store_true", help="film every failing trial, one large GIF each")
     parser.add_argument("--embedding-map", metavar="PNG", help="draw the tasks' sentences, write figures to PNG.json, and end")
@@ -417,21 +432,32 @@ def main():
                   "seed": args.seed, "gif": args.gif, "film_failures": args.film_failures, "shots": shots,
                   "checkpoint": checkpoint is not None and hashlib.sha256(checkpoint).hexdigest(),
                   "demos": data and [data.manifest["seed"], data.n_demos]}
-    with locked(out):
+    part, parts = args.share
+    record = out / ("trials.jsonl" if parts == 1 else f"trials-{part}-of-{parts}.jsonl")
+    with locked(out, part, parts):
         report = finished_report(out / "results.json", evaluation)
         if report is None:
-            done, results = resume(out / "trials.jsonl", evaluation), []
+            resume(record, evaluation)
+            seconds, done = {}, recorded(out, evaluation)
             for k in shots:
                 start = time.monotonic()
-                rows = run_trials(policy, args.split, tasks, args.trials, k, args.seed, args.workers,
-                                  checkpoint, data, args.gif, args.film_failures, out, done)
-                results.append(summary(policy, args.split, k, args.seed, rows, time.monotonic() - start))
+                run_trials(policy, args.split, tasks, args.trials, k, args.seed, args.workers, checkpoint, data,
+                           args.gif, args.film_failures, record, done, part, parts)
+                seconds[k] = time.monotonic() - start
+            rows = recorded(out, evaluation)
+            report = finished_report(out / "results.json", evaluation)  # perhaps another share has just finished
+            if report is None and len(rows) < len(plan(evaluation)):
+                return say(f"{out}: {len(rows)} of {len(plan(evaluation))} trials, the other shares are still to come")
+        if report is None:
+            results = [summary(policy, args.split, k, args.seed, [row for row in rows if row["shots"] == k], seconds[k])
+                       for k in shots]
             report = {"evaluation": evaluation, "packages": installed_packages(), "results": results}
             if checkpoint:
                 trained = {name: content[name] for name in ("step", "seconds", "options")}
                 report["network"] = {**measure_costs(checkpoint), **trained}
             write_atomically(out / "results.json", lambda file: file.write(json.dumps(report, indent=1).encode()))
-        (out / "trials.jsonl").unlink(missing_ok=True)
+        for record in out.glob("trials*.jsonl"):
+            record.unlink(missing_ok=True)
     say(table(report["results"]))
     if films := sorted(str(path) for path in out.glob("*.gif")):
         say("films:", *films)

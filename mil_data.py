@@ -53,7 +53,7 @@ def import_mil(source, folder, val, workers=None):
                     state_dim=STATE_DIM, action_dim=ACTION_DIM, mirror=None, tasks={split: len(paths[split]) for split in paths},
                     source=digest_of({split: [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths[split]]
                                       for split in paths}))
-    make_tasks(Path(folder), manifest, _import_task, workers, paths)
+    make_tasks(Path(folder), manifest, _import_task, workers, 0, 1, paths)
 
 
 def _read_pickle(path):

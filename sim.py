@@ -137,7 +137,8 @@ class Appearance:
     seed: int
 
     def __post_init__(self):
-        if self.pattern not in PATTERNS or np.shape(self.colours) != (2, 3) or not 0 <= np.min(self.colours) <= np.max(self.colours) <= 1:
+        colours = np.array(self.colours, float)
+        if self.pattern not in PATTERNS or colours.shape != (2, 3) or not (0 <= colours.min() and colours.max() <= 1):
             raise ValueError(f"an appearance has a pattern of {', '.join(PATTERNS)} and two colours in [0, 1], not {self}")
 
 

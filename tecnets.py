@@ -25,6 +25,7 @@ import math
 from dataclasses import dataclass, fields
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -96,6 +97,23 @@ def control_loss(prediction, actions):
     check("actions", actions, "finite", ..., "A")
     check("prediction", prediction, "float", *actions.shape)
     return F.mse_loss(prediction, actions)
+
+
+def gathered(x):
+    """(B, ...): the rows x (b, ...) of all processes (torchrun's) after one another; only this process's own have a gradient.
+
+    One process has all rows already and gets x itself.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return x
+    rank, sizes = dist.get_rank(), torch.zeros(dist.get_world_size(), dtype=torch.long, device=x.device)
+    sizes[rank] = len(x)
+    dist.all_reduce(sizes)
+    start = int(sizes[:rank].sum())
+    rows = x.new_zeros(int(sizes.sum()), *x.shape[1:])
+    rows[start:start + len(x)] = x.detach()
+    dist.all_reduce(rows)
+    return torch.cat([rows[:start], x, rows[start + len(x):]])
 
 
 # The networks (official code, networks/cnn.py) ------------------------------------------------
@@ -226,7 +244,7 @@ class TecNets(nn.Module):
         c, (f_U, f_q) = self.settings, (self._embeddings(batch[name], chunk) for name in ("frames_U", "frames_q"))
         s_U = sentence(f_U, c.support_mean)  # (B, E)
         s_q = F.normalize(f_q, dim=-1) if c.normalise_queries else f_q  # (B, Q, E)
-        return s_U, *embedding_loss(s_U, s_q, c.margin, c.negatives)
+        return s_U, *embedding_loss(gathered(s_U), gathered(s_q), c.margin, c.negatives)
 
     def _embeddings(self, ends, chunk=None):
         """f_theta of (..., 2, H, W, 3) uint8 -> (..., E); with more than `chunk` demos backward computes activations again."""
@@ -267,14 +285,16 @@ class TecNets(nn.Module):
         Each has a backward of its own that collects its gradient on the sentences; the embedding
         network's backward then starts from there. That is the same gradient, with the activations of
         one chunk in memory, however many tasks. For the embedding network `chunk` counts demonstrations.
-        Gradients accumulate: call `optimiser.zero_grad()` before.
+        Gradients accumulate: call `optimiser.zero_grad()` before. Where several processes have a share of the batch's
+        tasks each, gradients and terms are shares, too: add up those of all processes.
         """
         check_batch(self.settings, batch)
         c, images = self.settings, batch["images"]
-        B, M = len(images), images.shape[2]
+        b, M = len(images), images.shape[2]
+        B = len(gathered(batch["actions"]))
         s_U, loss_emb, accuracy = self._compare(batch, chunk)
         leaf, loss_U, loss_q = s_U.detach().requires_grad_(), 0.0, 0.0
-        for part in torch.arange(B).split(max(1, chunk // (2 * M))):
+        for part in torch.arange(b).split(max(1, chunk // (2 * M))):
             at = slice(int(part[0]), int(part[-1]) + 1)
             actions = batch["actions"][at]  # (b, 2, M, A)
             prediction = self._predict(images[at].flatten(1, 2), batch["states"][at].flatten(1, 2), leaf[at])
@@ -284,7 +304,7 @@ class TecNets(nn.Module):
             loss_U, loss_q = loss_U + part_U.detach(), loss_q + part_q.detach()
         if s_U.requires_grad:  # unless the embedding network is frozen
             torch.autograd.backward([c.lambda_emb * loss_emb, s_U], [None, leaf.grad])
-        loss_emb = loss_emb.detach()
+        loss_emb, accuracy = b / B * loss_emb.detach(), b / B * accuracy
         return {"loss": c.lambda_emb * loss_emb + c.lambda_U * loss_U + c.lambda_q * loss_q,
                 "loss_emb": loss_emb, "loss_U": loss_U, "loss_q": loss_q, "accuracy": accuracy}
 

@@ -32,7 +32,7 @@ import mil_data
 import sim
 import train
 from tecnets import Settings, TecNets
-from test_tecnets import random_demos
+from test_tecnets import batch_of, random_demos
 
 HERE = Path(__file__).parent
 COUNTS = {"train": 4, "val": 2, "test": 2}
@@ -233,7 +233,8 @@ def test_workers_as_a_library(tmp_path):
 
 
 @pytest.mark.parametrize("function, job, message", [
-    (signal.raise_signal, (signal.SIGKILL,), "lack of memory"), (os._exit, (3,), "exit code 3"), (math.sqrt, (-1,), "domain error")])
+    (signal.raise_signal, (signal.SIGKILL,), "lack of memory"), (os._exit, (3,), "exit code 3"),
+    (math.sqrt, (-1,), "domain error")])
 def test_a_failing_worker_is_named_with_its_cause(function, job, message):
     with started("sleep", 60) as bystander:
         with pytest.raises((common.UserError, ValueError), match=message):
@@ -246,7 +247,8 @@ def test_without_locks_every_trial_counts_once(tmp_path):
     """Two evaluations into one folder, both killed, one resumed, where flock does nothing."""
     (tmp_path / "sitecustomize.py").write_text("import fcntl\nfcntl.flock = lambda *_: None\n")
     settings = dict(cwd=tmp_path, env={**ENVIRONMENT, "PYTHONPATH": str(tmp_path)}, stdout=subprocess.DEVNULL)
-    words, record = ("evaluate.py", "--policy", "random", "--tasks", 2, "--trials", 4, "--out", "e"), tmp_path / "e" / "trials.jsonl"
+    words = "evaluate.py", "--policy", "random", "--tasks", 2, "--trials", 4, "--out", "e"
+    record = tmp_path / "e" / "trials.jsonl"
     with program(*words, **settings), program(*words, **settings):
         deadline = time.monotonic() + 60
         while not record.exists() or len(record.read_text().splitlines()) < 4:
@@ -278,6 +280,93 @@ def test_other_packages_are_one_warning(data_set, tmp_path, capsys, monkeypatch)
         data.generate(tmp_path / "d", COUNTS, demos=4, seed=3)
     assert capsys.readouterr().err.count("warning") == 1
     assert data.read_manifest(tmp_path / "d")["packages"]["numpy"] == "1.0"  # of those that made them
+
+
+# Several processes ----------------------------------------------------------------------------
+
+METHOD_SETTINGS = [("tecnets", {}), ("tecnets", dict(negatives="queries", lambda_U=0.3)), ("contextual", {}), ("lstm", {}), ("mil", {})]
+
+
+def gradients_of_a_share(store=None, rank=0):
+    """Gradients and terms of every method in one of two processes, added up over both, or in one process alone."""
+    share = slice(0, 5)
+    if store:
+        torch.distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=2)
+        share = slice(0, 2) if rank == 0 else slice(2, 5)
+    results = []
+    for method, settings in METHOD_SETTINGS:
+        torch.manual_seed(0)
+        network, settings_, *_ = train.METHODS[method]
+        model = network(settings_(image_size=32, **settings)).double()
+        terms = model.backward({name: values[share] for name, values in batch_of(size=32).items()})
+        values = [p.grad for p in model.parameters()] + list(terms.values())
+        train.add_up(values)
+        results.append([value.numpy() for value in values])
+    return results
+
+
+def test_gradients_of_two_processes_equal_those_of_one(tmp_path):
+    expected = gradients_of_a_share()
+    for results in common.parallel(gradients_of_a_share, [(tmp_path / "store", rank) for rank in range(2)], workers=2):
+        for values, wanted in zip(results, expected, strict=True):
+            for value, one in zip(values, wanted, strict=True):
+                np.testing.assert_allclose(value, one, rtol=1e-7, atol=1e-9)
+
+
+def torchrun(processes, *words, **settings):
+    return started(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes,
+                   HERE / "train.py", *words, **settings)
+
+
+def test_a_run_killed_under_two_processes_goes_on_under_three(data_set, tmp_path, monkeypatch):
+    """Its log and weights are those of one process, up to the order of summation; the death of one ends both, in one line."""
+    monkeypatch.chdir(tmp_path)
+    words = *TINY, "--steps", 20, "--validate-every", 5, "--bfloat16", 0
+    start_run(data_set, "one", *words).train(stop=lambda: False)
+    record = tmp_path / "runs" / "shared" / "best.pt"
+    with torchrun(2, "--data", data_set, "--name", "shared", *words, cwd=tmp_path, stderr=subprocess.PIPE) as process:
+        deadline = time.monotonic() + 60
+        while not record.exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        os.kill(children(process.pid)[1], signal.SIGKILL)
+        complaint = process.communicate(timeout=10)[1]
+    assert complaint.count("another process of this job has ended") == 1 and 5 <= train.load_checkpoint(record)["step"] < 20
+    with torchrun(3, "--resume", "--name", "shared", cwd=tmp_path, stderr=subprocess.PIPE) as process:
+        assert not process.communicate(timeout=60)[1] and process.returncode == 0
+    one, shared = (train.load_checkpoint(tmp_path / "runs" / name / "last.pt") for name in ("one", "shared"))
+    for name, values in one["model"].items():
+        assert (shared["model"][name] - values).norm() <= 1e-5 * values.norm()
+    for row, other in zip(one["log"], shared["log"], strict=True):
+        assert {**row, "seconds": 0} == pytest.approx({**other, "seconds": 0}, rel=1e-4)
+
+
+def test_shares_of_a_data_set_make_the_data_set(tmp_path):
+    """In any order, and after a kill, which leaves half a file: the bytes of one machine."""
+    job = {"train": 2, "val": 1}, 1, 3, 2
+    assert data.generate(tmp_path / "one", *job) == 0 < data.generate(tmp_path / "shared", *job, part=1, parts=2)
+    mine, other = (data.task_path(tmp_path / "shared", "train", index) for index in (0, 1))
+    for path in (mine, other):
+        Path(f"{path}.7{common.TEMPORARY}").write_text("half")
+    with common.locked(tmp_path / "shared", 1, 2):  # one machine still works on its share
+        assert data.generate(tmp_path / "shared", *job, part=0, parts=2) == 0
+        with pytest.raises(common.UserError, match="another process"):
+            data.generate(tmp_path / "shared", *job)
+    stale = f"train/00001.npz.7{common.TEMPORARY}"
+    shared = {name: content for name, content in contents(tmp_path / "shared").items() if ".lock-" not in name}
+    assert shared.pop(stale) == b"half"  # the other's to delete
+    assert shared == contents(tmp_path / "one")
+
+
+def test_shares_of_an_evaluation_make_the_evaluation(tmp_path):
+    words = "evaluate.py", "--policy", "random", "--tasks", 3, "--trials", 1
+    run(*words, "--out", "one", cwd=tmp_path)
+    assert "2 of 3 trials" in run(*words, "--out", "shared", "--share", "0/2", cwd=tmp_path).stdout
+    assert not (tmp_path / "shared" / "results.json").exists()
+    run(*words, "--out", "shared", cwd=tmp_path, env={**ENVIRONMENT, "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"})
+    one, shared = (json.loads((tmp_path / name / "results.json").read_text())["results"][0] for name in ("one", "shared"))
+    assert one["trials"] == shared["trials"] and shared["n_trials"] == 3
+    assert not list((tmp_path / "shared").glob("trials*"))
 
 
 # Own data ---------------------------------------------------------------------------------------
@@ -391,7 +480,8 @@ def test_tasks_beside_pushing_are_left_alone(mil, tmp_path, capsys):
     reach = tmp_path / "mil" / "sim_vision_reach"
     reach.mkdir()
     for number in (3, 4):
-        (reach / f"demos_{number}.pkl").write_bytes(pickle.dumps({"demoX": np.zeros((24, 50, 10)), "demoU": np.zeros((24, 50, 2))}, 2))
+        demos = {"demoX": np.zeros((24, 50, 10)), "demoU": np.zeros((24, 50, 2))}
+        (reach / f"demos_{number}.pkl").write_bytes(pickle.dumps(demos, 2))
     mil_data.import_mil(tmp_path / "mil", tmp_path / "out", val=1)
     assert data.read_manifest(tmp_path / "out")["tasks"] == {"train": 2, "val": 1, "test": 1}
     assert "sim_vision_reach holds 2 train tasks, not of pushing" in capsys.readouterr().out
@@ -539,7 +629,7 @@ def test_killed_training_equals_uninterrupted(data_set, trained, tmp_path):
 
 
 def test_killed_evaluation_equals_uninterrupted(data_set, trained, tmp_path):
-    words = ["--checkpoint", trained / "best.pt", "--data", data_set, "--tasks", 2, "--trials", 4, "--shots", 1, 2]
+    words = ["--checkpoint", trained / "best.pt", "--data", data_set, "--tasks", 2, "--trials", 3, "--shots", 1, 2]
     words += ["--gif", 1]
     lines, record = [], tmp_path / "cut" / "trials.jsonl"
 
@@ -553,10 +643,10 @@ def test_killed_evaluation_equals_uninterrupted(data_set, trained, tmp_path):
             lines = now
     run("evaluate.py", *words, "--out", "whole", cwd=tmp_path)
     cut, whole = (json.loads((tmp_path / name / "results.json").read_text())["results"] for name in ("cut", "whole"))
-    assert lines and [r["trials"] for r in cut] == [r["trials"] for r in whole] and cut[0]["n_trials"] == 8
+    assert lines and [r["trials"] for r in cut] == [r["trials"] for r in whole] and cut[0]["n_trials"] == 6
     gifs = [{path.name: path.read_bytes() for path in (tmp_path / name).glob("*.gif")} for name in ("cut", "whole")]
     assert gifs[0] == gifs[1] and len(gifs[0]) == 2
-    assert "8 " in run("evaluate.py", *words, "--out", "cut", cwd=tmp_path).stdout  # the table again
+    assert "6 " in run("evaluate.py", *words, "--out", "cut", cwd=tmp_path).stdout  # the table again
 
 
 def test_a_run_goes_on_elsewhere(data_set, trained, tmp_path, monkeypatch):
@@ -714,7 +804,7 @@ def test_bfloat16_trains_alike(data_set, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     ends = []
     for bfloat16 in (0, 1):
-        start_run(data_set, str(bfloat16), "--bfloat16", bfloat16).train(stop=lambda: False)
+        start_run(data_set, str(bfloat16), "--bfloat16", bfloat16, "--steps", 20).train(stop=lambda: False)
         ends.append([row for row in log_without_seconds(tmp_path / "runs" / str(bfloat16)) if "loss_q" in row][-1]["loss_q"])
     assert ends[0] != ends[1] == pytest.approx(ends[0], rel=0.1)
 
@@ -813,6 +903,8 @@ def stamps(folder):
     (mil_data, "none --out d --val 1", "0 training tasks"),
     (mil_data, "{data} --val 1", "--out"),
     (data, "--out d --speed 3", "--speed"),
+    (data, "--out d --share 2/2", "--share"),
+    (evaluate, "--out e --share half", "--share"),
     (train, "--data {data} --support 3 --query 2 --batch 2", "K + Q = 3 + 2"),
     (train, "--data {data} --support 2 --batch 9", "lower --batch"),
     (train, "--data {data} --tasks 999 --batch 2 --support 2", "4 train tasks, not 999"),
@@ -931,8 +1023,8 @@ def test_crafted_archives_take_no_memory(data_set, tmp_path):
     path, identity = data.task_path(tmp_path / "push", "train", 0), data.task_identity(data.read_manifest(data_set), "train", 0)
     with np.load(path) as archive:
         arrays = dict(archive)
-    for name, array in (("states", np.zeros((4, 100, 21), np.float32)), ("offsets", arrays["offsets"] * 10 ** 9),
-                        ("actions", np.array([[Malice()]])), ("frames", arrays["frames"][:-1])):
+    for name, array in (("states", np.zeros((4, 100, 21), np.float32)), ("offsets", arrays["offsets"] * 10 ** 9), ("offsets", arrays["offsets"] - 1),
+                        ("actions", np.array([[Malice()]])), ("frames", arrays["frames"][:-1]), ("frames", arrays["frames"][:, None])):
         common.write_checked(path, lambda file: (np.savez(file, **{**arrays, name: array}), file.write(identity)))
         with pytest.raises(common.UserError, match="damaged|another data set"):
             data.TaskSet(tmp_path / "push", "train")

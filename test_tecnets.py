@@ -270,13 +270,15 @@ WRONG = [  # call of a model and a batch, the error, what it says
     (lambda model, batch: model.embed(batch["frames_U"][0, 0]), ValueError, "K, 2"),
     (lambda model, batch: model.act(batch["images"][0, 0, 0], batch["states"][0, 0, 0] * torch.nan, torch.zeros(20)), ValueError,
      "not finite"),
-    (lambda model, batch: model.predict(batch["images"][:, 0], batch["states"][:, 0, :1], torch.zeros(5, 20)), ValueError, "states"),
+    (lambda model, batch: model.predict(batch["images"][:, 0], batch["states"][:, 0, :1], torch.zeros(5, 20)), ValueError,
+     "states"),
     (lambda model, batch: model.predict(batch["images"][:, 0], batch["states"][:, 0], torch.zeros(1, 20)), ValueError, "s has"),
     (lambda model, batch: model.backward({**batch, "actions": batch["actions"] * torch.inf}), ValueError, "actions .* not finite"),
     (lambda model, batch: model.backward({**batch, "frames_q": batch["frames_q"][1:]}), ValueError, r"frames_q .*\(5, Q"),
     (lambda model, batch: model.losses({name: batch[name] for name in batch if name != "frames_q"}), TypeError, "frames_q"),
     (lambda model, batch: control_loss(torch.zeros(2, 7), torch.zeros(7)), ValueError, "prediction"),
-    (lambda model, batch: embedding_loss(torch.eye(3), torch.eye(3)[:, None], negatives="query"), ValueError, "sentences or queries"),
+    (lambda model, batch: embedding_loss(torch.eye(3), torch.eye(3)[:, None], negatives="query"), ValueError,
+     "sentences or queries"),
     (lambda model, batch: embedding_loss(torch.eye(3), torch.eye(3)), ValueError, "Q"),
     (lambda model, batch: sentence(torch.eye(3), "mean"), ValueError, "support_mean"),
     (lambda model, batch: Settings(margin=-0.1), ValueError, "margin"),
@@ -654,16 +656,22 @@ def test_wrong_calls_of_a_baseline(method):
 
 
 def test_wrong_calls_of_the_simulator():
-    task, env = sim.make_task("test", 0), sim.PushEnv(render_mode=None)
+    task, env, black = sim.make_task("test", 0), sim.PushEnv(render_mode=None), (0, 0, 0)
+    body = lambda **changes: dataclasses.replace(task.target, **changes)
     for call, message in (
             (lambda: sim.make_task("holdout", 0), "split"), (lambda: sim.make_task("test", -1), "index"),
-            (lambda: dataclasses.replace(task.target, size=math.nan), "size"), (lambda: dataclasses.replace(task.target, mass=0), "mass"),
-            (lambda: sim.Appearance("dots", ((0, 0, 0),) * 2, 0), "pattern"), (lambda: sim.Appearance("flat", ((0, 0, 2),) * 2, 0), "colours"),
+            (lambda: body(size=math.nan), "size"), (lambda: body(mass=0), "mass"), (lambda: body(friction=-1), "friction"),
+            (lambda: sim.Appearance("dots", (black, black), 0), "pattern"),
+            (lambda: sim.Appearance("flat", (black, (0, 0, 2)), 0), "colours"),
             (lambda: sim.PushEnv(render_mode="human"), "render_mode"), (lambda: sim.PushEnv(image_size=0), "image_size"),
             *((lambda options=options: env.reset(options=options), "make_task") for options in (
                 None, {"task": 3}, {"task": task, "side": 0}, {"task": task, "swap": 2}, {"task": task, "sides": 1}))):
         with pytest.raises(ValueError, match=message):
             call()
+    env.reset(options={"task": task})
+    with pytest.raises(ValueError, match="rgb_array"):
+        env.render()
+    env.close()
     with pytest.raises(TypeError):
         sim.make_task("test", 1.5)
 
@@ -683,7 +691,8 @@ def test_what_gymnasium_promises():
         with pytest.raises(TypeError, match="copied or pickled"):
             refused(env)
     for name, box in env.observation_space.items():
-        assert obs[name].shape == box.shape and obs[name].dtype == box.dtype and (box.low <= obs[name]).all() and (obs[name] <= box.high).all()
+        assert obs[name].shape == box.shape and obs[name].dtype == box.dtype
+        assert box.low <= obs[name].min() and obs[name].max() <= box.high
     assert env.action_space.shape == (7,) and obs.keys() == env.observation_space.keys()
     while not env.step([0] * 7)[3]:
         pass
@@ -823,17 +832,25 @@ def test_loader(tasks):
 
 
 def test_wrong_calls_of_the_data(tasks):
+    loader = lambda *words, **options: data.TaskLoader(tasks, *words, seed=0, **options)
+    write = lambda *words, mirror=None, **counts: data.write_data_set("none", random_demos(*words, **counts), mirror)
     for call, error, message in (
-            (lambda: data.TaskSet("none", "tset"), ValueError, "splits"), (lambda: tasks.frame(0, 0, 100), IndexError, "time 100"),
-            (lambda: tasks.frame(-1, 0, 0), IndexError, "task -1"), (lambda: tasks.frames(0, [0, 4], 0), IndexError, "demo 4"),
-            (lambda: data.evenly_spaced(100, 1), ValueError, "at least 2"), (lambda: data.evenly_spaced(3, 4), ValueError, "3"),
-            (lambda: data.generate("none", {"tests": 1}, 2, 0), ValueError, "train"), (lambda: data.generate("none", {"val": 0}, 2, 0), ValueError, "1"),
-            (lambda: data.TaskLoader(tasks, 2, 1, 1, 0, seed=0), ValueError, "F is"), (lambda: data.TaskLoader(tasks, 2, 1.0, 1, 2, seed=0), TypeError, "integer"),
-            (lambda: data.TaskLoader(tasks, 2, 1, 1, 2, seed=0, early=math.nan), ValueError, "early"),
-            (lambda: data.TaskLoader(tasks, 2, 1, 1, 2, seed=0, demo_frames=101), ValueError, "101"),
-            (lambda: data.write_data_set("none", random_demos(1, 8, 5, 3, train=(2, 2), val=(1, 2))), ValueError, "first and a last"),
-            (lambda: data.write_data_set("none", random_demos(3, 8, 5, 3, train=(2, 2), valid=(1, 2))), ValueError, "train and val"),
-            (lambda: data.write_data_set("none", random_demos(3, 8, 2, 1, train=(2, 2), val=(1, 2)), {"states": [1, 0], "actions": [1]}), ValueError, "signs")):
+            (lambda: data.TaskSet("none", "tset"), ValueError, "splits"),
+            (lambda: tasks.frame(0, 0, 100), IndexError, "time 100"),
+            (lambda: tasks.frame(-1, 0, 0), IndexError, "task -1"),
+            (lambda: tasks.frames(0, [0, 4], 0), IndexError, "demo 4"),
+            (lambda: data.evenly_spaced(100, 1), ValueError, "at least 2"),
+            (lambda: data.evenly_spaced(3, 4), ValueError, "3"),
+            (lambda: data.generate("none", {"tests": 1}, 2, 0), ValueError, "train"),
+            (lambda: data.generate("none", {"val": 0}, 2, 0), ValueError, "1"),
+            (lambda: loader(2, 1, 1, 0), ValueError, "F is"),
+            (lambda: loader(2, 1.0, 1, 2), TypeError, "integer"),
+            (lambda: loader(2, 1, 1, 2, early=math.nan), ValueError, "early"),
+            (lambda: loader(2, 1, 1, 2, demo_frames=101), ValueError, "101"),
+            (lambda: write(1, 8, 5, 3, train=(2, 2), val=(1, 2)), ValueError, "first and a last"),
+            (lambda: write(3, 8, 5, 3, train=(2, 2), valid=(1, 2)), ValueError, "train and val"),
+            (lambda: write(3, 8, 5, 3, train=(2, 2), val=(1, 3)), ValueError, "2 demonstrations"),
+            (lambda: write(3, 8, 2, 1, train=(2, 2), val=(1, 2), mirror={"states": [1, 0], "actions": [1]}), ValueError, "signs")):
         with pytest.raises(error, match=message):
             call()
     demo, = random_demos(100, 16, 20, 7, val=(1, 1))["val"][0]
@@ -841,6 +858,20 @@ def test_wrong_calls_of_the_data(tasks):
         with pytest.raises(ValueError, match=message):
             data.write_task("none", tasks.manifest, "val", 0, demos)
     assert not Path("none").exists()
+
+
+def test_shares_of_a_batch_make_the_batch(tasks):
+    """Of uneven shares, too, and whatever the number of threads; K is drawn alike."""
+    words = dict(B=3, K=2, Q=1, F=2, seed=0, random_support=True, mirror=True)
+    whole = data.TaskLoader(tasks, **words)
+    shares = [data.TaskLoader(tasks, **words, share=(i, 2), threads=1 + i) for i in range(2)]
+    for _ in range(5):
+        expected, parts = next(whole), [next(share) for share in shares]
+        assert len(parts[0]["tasks"]) == 1 and len(parts[1]["tasks"]) == 2
+        for name in expected:
+            assert (np.concatenate([part[name] for part in parts]) == expected[name]).all()
+    with pytest.raises(data.UserError, match="3 tasks cannot be shared by 4"):
+        data.TaskLoader(tasks, **words, share=(0, 4))
 
 
 def test_random_support(tasks):

@@ -7,9 +7,14 @@
 
 writes runs/NAME/log.jsonl, last.pt and best.pt (lowest control loss on validation tasks). An
 interrupted run goes on with `--resume` to the same numbers as an uninterrupted one.
+
+`torchrun --nproc-per-node N train.py ...` shares every batch's tasks among N processes (and GPUs):
+the same numbers up to the order of summation. srun and mpirun do as well, with MASTER_ADDR and MASTER_PORT set.
 """
 import argparse
+import contextlib
 import ctypes
+import datetime
 import io
 import json
 import signal
@@ -19,11 +24,12 @@ from dataclasses import fields
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 import baselines
 import tecnets
-from common import (Parser, UserError, checked, choice, command, cores, installed_packages, locked, number, progress, say,
-                    warn_of_packages, write_atomically, write_checked)
+from common import (Parser, UserError, checked, choice, command, cores, installed_packages, launched, locked, number,
+                    progress, say, warn_of_packages, write_atomically, write_checked)
 from data import FULL_DATA, TaskLoader, TaskSet, generate, read_manifest, same_data, task_path
 from tecnets import CHOICES, TecNets, control_loss, embedding_loss
 
@@ -62,6 +68,7 @@ OPTIONS = {
     "mirror": (number(int, 0, 1), None, "1: half of the tasks are seen in a mirror (default: where the data tell how)"),
     "demo_frames": (number(int, 2), 2, "frames of a demonstration that lstm and mil read, evenly spaced"),
     "chunk": (number(int, 1), 256, "images a backward pass holds in memory"),
+    "threads": (number(int, 1, 1000), 1, "that prepare batches; a GPU wants several"),
     "lr": (number(float, 0, 1), 1e-3, "Adam's learning rate, the peak of the schedule"),
     "schedule": (choice("one-cycle", "constant"), "one-cycle", "of the learning rate: one-cycle or constant"),
     "margin": (number(float, 0), 0.1, "of the embedding loss"),
@@ -83,7 +90,7 @@ OPTIONS = {
 }
 DEFAULTS = {name: default for name, (_, default, _) in OPTIONS.items()}
 SMOKE_DATA = {"tasks": {"train": 16, "val": 4, "test": 4}, "demos": 6, "seed": 0}
-CHANGEABLE = ("device", "data")  # when a run is resumed
+CHANGEABLE = ("device", "data", "threads")  # when a run is resumed
 PRESETS = {
     "ours": {},
     "paper": dict(batch=64, support=5, random_support=0, query=5, samples=1, early=1.0, mirror=0, lr=5e-4,
@@ -99,8 +106,8 @@ def parse(argv=None):
                     argument_default=argparse.SUPPRESS)
     parser.add_argument("--preset", choices=PRESETS, default=None, help="changes the defaults below (default: ours)")
     parser.add_argument("--name", default=None, help="of the run's folder in runs/, the method's or the preset's by default")
-    parser.add_argument("--resume", action="store_true", default=False, help="go on with an interrupted run; --device and "
-                        "--data may change, as after a move to another machine")
+    parser.add_argument("--resume", action="store_true", default=False, help="go on with an interrupted run; --device, "
+                        "--data and --threads may change, as after a move to another machine")
     parser.add_argument("--init", metavar="CHECKPOINT", default=None, help="start from the weights of a checkpoint: fine-tuning")
     for name, (kind, default, text) in OPTIONS.items():
         text += f" (default: {default})" if default is not None else ""
@@ -122,6 +129,40 @@ def keep_freed_memory():
 def has_bfloat16(device):
     return torch.cuda.is_bf16_supported() if device == "cuda" else torch.cpu._is_avx512_bf16_supported()
 
+
+# Several processes ----------------------------------------------------------------------------
+
+def join(device):
+    """Join the processes that torchrun, srun or mpirun started, if any. Raises UserError if they cannot be found."""
+    rank, processes, local_rank = launched()
+    if device == "cuda":
+        torch.cuda.set_device(local_rank)
+    if processes > 1:
+        try:
+            dist.init_process_group("nccl" if device == "cuda" else "gloo", rank=rank, world_size=processes,
+                                    timeout=datetime.timedelta(days=1))  # while the first process makes the data
+        except (ValueError, RuntimeError) as error:
+            raise UserError(f"the {processes} processes do not find each other: set MASTER_ADDR and MASTER_PORT ({error})")
+
+
+def add_up(tensors):
+    """Replace tensors by their sums over all processes, in one exchange."""
+    if dist.is_initialized():
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+            tensor.copy_(part.view_as(tensor))
+
+
+def first_then_others(make):
+    """What `make()` returns, called by the first process before the others."""
+    made = make() if launched()[0] == 0 else None
+    if dist.is_initialized():
+        dist.barrier()
+    return make() if made is None else made
+
+
+# A run ----------------------------------------------------------------------------------------
 
 def load_checkpoint(path, device="cpu", content=None):
     """The dict of a checkpoint, from its file or the file's content. Raises UserError if it is missing or not one of ours."""
@@ -201,7 +242,7 @@ class Run:
     """One training run: the model and everything that a resumed run needs to go on as the same run."""
 
     def __init__(self, folder, options, task_set, val_set, checkpoint=None, init=None):
-        self.folder = folder
+        self.folder, self.is_first = folder, launched()[0] == 0
         self.manifest = same_data(task_set.manifest)
         if checkpoint and same_data(checkpoint["manifest"]) != self.manifest:
             raise UserError(f"{options['data']} is not the data set that {folder} was started with: bring that one back, "
@@ -242,7 +283,8 @@ class Run:
             raise UserError(f"--demo-frames {options['demo_frames']}: a demonstration has {task_set.horizon} frames")
         sizes = [options[name] for name in ("support", "query", "samples")]
         self.loader = TaskLoader(task_set, options["batch"], *sizes, options["seed"], options["early"],
-                                 bool(options["random_support"]), bool(options["mirror"]), options["demo_frames"])
+                                 bool(options["random_support"]), bool(options["mirror"]), options["demo_frames"],
+                                 options["threads"], launched()[:2])
         self.val_loader = TaskLoader(val_set, min(options["batch"], val_set.n_tasks), 1, *sizes[1:], seed=0,  # one shot
                                      demo_frames=options["demo_frames"])
 
@@ -265,11 +307,15 @@ class Run:
         start = time.monotonic()
         validate(self.model, self.val_loader, self.options)
         pace = statistics.median(seconds) + (time.monotonic() - start) / self.options["validate_every"]
-        return max(10, int(self.options["minutes"] * 60 / pace))
+        steps = torch.tensor([max(10, int(self.options["minutes"] * 60 / pace)) * self.is_first], device=self.options["device"])
+        add_up([steps])  # the first process's
+        return int(steps)
 
     def save(self, name):
-        state = {"format": FORMAT, "options": self.options, "manifest": self.manifest, "packages": installed_packages(), "settings": vars(self.model.settings),
-                 "step": self.step, "steps": self.steps, "seconds": self.seconds, "best": self.best, "log": self.log,
+        if not self.is_first:
+            return
+        state = {"format": FORMAT, "options": self.options, "manifest": self.manifest, "packages": installed_packages(),
+                 "settings": vars(self.model.settings), "step": self.step, "steps": self.steps, "seconds": self.seconds, "best": self.best, "log": self.log,
                  "recent_losses": self.recent_losses, "generator": torch.get_rng_state(),
                  **{name: getattr(self, name).state_dict() for name in ("model", "optimiser", "scheduler", "loader")}}
         write_checked(self.folder / name, lambda file: torch.save(state, file))
@@ -289,10 +335,16 @@ class Run:
             raise UserError(f"{self.folder}/last.pt does not hold the state of such a run: start another --name")
 
     def train(self, stop):
-        """Train to the last step, or until `stop()`; whichever comes, last.pt holds the state."""
+        """Train to the last step, or until `stop()` in any process; whichever comes, last.pt holds the state."""
+        def agreed():
+            stops = torch.tensor(int(stop()), device=self.options["device"])
+            add_up([stops])
+            return stops
+
         began, saved = time.monotonic() - self.seconds, time.monotonic()
-        while self.step < self.steps and not stop():
+        while self.step < self.steps and not agreed():
             losses = self.model.backward(to_tensors(next(self.loader), self.options["device"]), self.options["chunk"])
+            add_up([*(p.grad for p in self.model.parameters() if p.grad is not None), *losses.values()])
             norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
             if not torch.isfinite(losses["loss"] + norm):
                 raise UserError(f"step {self.step + 1}: the loss or its gradient is not finite; {self.folder}/last.pt "
@@ -322,6 +374,8 @@ class Run:
         self.save("last.pt")
 
     def show(self):
+        if not self.is_first:
+            return
         row = self.log[-1]
         pace = self.step / self.seconds
         values = "  ".join(f"{name} {row[name]:.4f}" for name in ("loss_q", "loss_emb", "accuracy") if name in row)
@@ -369,24 +423,30 @@ def start(folder, preset, resume, init, given):
         checkpoint, options = None, {**choose_options(preset, given), "init": init}
     if options["device"] == "cuda" and not torch.cuda.is_available():
         raise UserError("no cuda device here: choose --device cpu")
+    join(options["device"])
     init = load_model(init, options["device"]) if init else None
-    return Run(folder, options, *open_data(options), checkpoint, init)
+    return Run(folder, options, *first_then_others(lambda: open_data(options)), checkpoint, init)
 
 
 def main():
     folder, *arguments = parse()
     keep_freed_memory()
-    with locked(folder):
+    is_first = launched()[0] == 0
+    with locked(folder) if is_first else contextlib.nullcontext():
         run = start(folder, *arguments)
         signals = []
         for name in (signal.SIGINT, signal.SIGTERM):
             signal.signal(name, lambda signal_number, _: signals.append(signal_number))
-        say(f"{folder}: step {run.step} of {run.steps}, {run.options['tasks']} training tasks, {run.options['batch']} a step")
+        if is_first:
+            say(f"{folder}: step {run.step} of {run.steps}, {run.options['tasks']} training tasks, {run.options['batch']} a step")
         run.train(stop=lambda: bool(signals))
-    if signals:
-        say(f"stopped at step {run.step} of {run.steps}: go on with --resume")
-        raise SystemExit(128 + signals[0])
-    say(f"{folder}/best.pt: control loss {run.best:.4f} on validation tasks, {run.seconds / 60:.1f} min")
+    if is_first:
+        say(f"stopped at step {run.step} of {run.steps}: go on with --resume" if run.step < run.steps else
+            f"{folder}/best.pt: control loss {run.best:.4f} on validation tasks, {run.seconds / 60:.1f} min")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if run.step < run.steps:
+        raise SystemExit(128 + (signals or [signal.SIGTERM])[0])
 
 
 if __name__ == "__main__":

@@ -173,6 +173,13 @@ def costs(report):
         ("peak memory of a step", f"{small / 1e9:.2f} GB for 64 tasks, {large / 1e9:.2f} GB for 512"))
 
 
+def processes(report):
+    return grid(("on two cores", "cost"),
+                *((f"a training step, 64 tasks, {name}", f"{value:.2f} s") for name, value in report["processes"].items()),
+                *((name.replace("batches/s, ", "batches prepared in a second by threads: ").replace(" threads", ""), f"{value:.0f}")
+                  for name, value in report["feeding"].items()))
+
+
 def learning_curves(path, seeds, width=900, height=420, margin=60):
     """Control loss on training and validation tasks against steps, the loss on a logarithmic scale."""
     top, bottom = math.log10(0.3), math.log10(0.005)
@@ -213,7 +220,8 @@ def filled():
                   "seeds": every_seed(SEEDS), "methods": methods(compared[0]), "ablations": ablations(compared[1]),
                   "short": short_runs(load(HERE / "fast" / "val"), load(HERE / "paper" / "val")),
                   "map": sentences(json.loads((SEEDS[0] / "embedding-map.png.json").read_text())),
-                  "costs": costs(json.loads((HERE / "benchmark.json").read_text()))}}
+                  "costs": costs(json.loads((HERE / "benchmark.json").read_text())),
+                  "processes": processes(json.loads((HERE / "processes.json").read_text()))}}
     return {path: fill(path.read_text(), own) for path, own in tables.items()}
 
 
