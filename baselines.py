@@ -234,10 +234,9 @@ class MILNet(nn.Module):
 
     def forward(self, images, states=None):
         """Images (N, H, W, 3) uint8 -> (N, A): actions with states (N, S), else the inner pass."""
-        planes, N = to_planes(images, self.image_transform.dtype), len(images)
-        planes = torch.cat([planes, self.image_transform.clamp(0, 1).expand(N, -1, -1, -1)], 1)
-        points = feature_points(self.vision(planes))
-        x = torch.cat([points, self.bias_transform.expand(N, -1)], 1)
+        planes, picture = to_planes(images, self.image_transform.dtype), self.image_transform.clamp(0, 1)
+        x = mil_vision(self.vision, planes, picture)
+        x = torch.cat([feature_points(x), self.bias_transform.expand(len(images), -1)], 1)
         x = self.inner_first(x) if states is None else self.first(torch.cat([x, states], 1))
         x = F.relu(self.second(F.relu(x)))
         return self.inner_head(x) if states is None else self.head(x)
@@ -284,3 +283,64 @@ class MIL(Baseline):
             weights = {name: part.view_as(p) for (name, p), part in zip(adapted.items(), values.split(sizes))}
             actions.append(torch.func.functional_call(self.net, weights, (task_images, task_states)))
         return torch.stack(actions)
+
+
+# Same numbers, faster: MIL's convolutions -----------------------------------------------------
+
+def plain_mil_vision(vision, planes, picture):
+    """Feature maps of images (N, 3, H, W) with the learned picture (3, H, W) on further channels."""
+    return vision(torch.cat([planes, picture.expand(len(planes), -1, -1, -1)], 1))
+
+
+def mil_vision(vision, planes, picture):
+    """What plain_mil_vision computes, and its first and second derivatives, by two shortcuts.
+
+    1. The picture is the same for all images: its response in the first convolution is computed once.
+    2. The derivative of the inner step needs a convolution's second derivatives. PyTorch derives them by convolutions
+       with kernels as large as an image; they are three ordinary convolutions and derivatives of them.
+    """
+    first, *rest = vision
+    if torch.is_autocast_enabled(planes.device.type):
+        return plain_mil_vision(vision, planes, picture)
+    split = planes.shape[1]
+    x = _Convolution.apply(planes, first.weight[:, :split], first.bias)
+    x = x + _Convolution.apply(picture[None], first.weight[:, split:], None)
+    for layer in rest:
+        x = _Convolution.apply(x, layer.weight, layer.bias) if isinstance(layer, nn.Conv2d) else layer(x)
+    return x
+
+
+CONVOLUTION = dict(stride=2, padding=2)
+
+
+class _Convolution(torch.autograd.Function):
+    """x (N, C, H, W), w (C', C, 5, 5) and b (C') or None -> (N, C', h, w)."""
+
+    @staticmethod
+    def forward(ctx, x, w, b):
+        ctx.save_for_backward(x, w)
+        return F.conv2d(x, w, b, **CONVOLUTION)
+
+    @staticmethod
+    def backward(ctx, gy):
+        return *_ConvolutionBackward.apply(gy, *ctx.saved_tensors), gy.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None
+
+
+class _ConvolutionBackward(torch.autograd.Function):
+    """gy, x and w -> the gradients gx, None where x needs none, and gw. Bilinear, in (gy, w) and in (gy, x)."""
+
+    @staticmethod
+    def forward(ctx, gy, x, w):
+        ctx.save_for_backward(gy, x, w)
+        return _derivatives(gy, x, w, ctx.needs_input_grad[1])
+
+    @staticmethod
+    def backward(ctx, ggx, ggw):
+        gy, x, w = ctx.saved_tensors
+        if ggx is None:
+            return F.conv2d(x, ggw, **CONVOLUTION), None, None
+        return F.conv2d(ggx, w, **CONVOLUTION) + F.conv2d(x, ggw, **CONVOLUTION), *_derivatives(gy, ggx, ggw, True)
+
+
+def _derivatives(gy, x, w, of_x):
+    return torch.ops.aten.convolution_backward(gy, x, w, None, [2, 2], [2, 2], [1, 1], False, [0, 0], 1, [of_x, True, False])[:2]

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
+import baselines
 import sim
 import tecnets
 from common import Parser, command, cores, parallel, say, write_atomically
@@ -38,11 +39,11 @@ def medians(repeats=9, **sides):
     return {name: statistics.median(values[1:]) for name, values in seconds.items()}
 
 
-def random_batch(tasks, size=125):
+def random_batch(tasks, size=125, samples=SAMPLES, frames=2):
     """A batch of random images with one support and one query demo a task."""
     images = lambda *shape: torch.randint(0, 256, (*shape, size, size, 3), dtype=torch.uint8)
-    return {"frames_U": images(tasks, 1, 2), "frames_q": images(tasks, 1, 2), "images": images(tasks, 2, SAMPLES),
-            "states": torch.randn(tasks, 2, SAMPLES, 20), "actions": torch.randn(tasks, 2, SAMPLES, 7)}
+    return {"frames_U": images(tasks, 1, frames), "frames_q": images(tasks, 1, 2), "images": images(tasks, 2, samples),
+            "states": torch.randn(tasks, 2, samples, 20), "actions": torch.randn(tasks, 2, samples, 7)}
 
 
 @contextlib.contextmanager
@@ -85,6 +86,21 @@ def training_step(data):
     ratios = {f"{p} / {name}": t[p] / t[name] for name in ("float32", "bfloat16") for p in t if p.startswith("plain")}
     return {**limits, **t, **ratios, "FLOP": flop, "bytes": traffic, "roofline": roofline,
             "bfloat16 / roofline": t["bfloat16"] / roofline}
+
+
+def mil_step(data):
+    """A training step of MIL on 15 tasks, with as many frames of the support demo as control samples of the query."""
+    keep_freed_memory()
+    model, seconds = baselines.MIL(), {}
+    for frames in (10, 20):
+        batch = random_batch(15, samples=frames, frames=frames)
+
+        def plain():
+            with mock.patch.object(baselines, "mil_vision", baselines.plain_mil_vision):
+                model.backward(batch)
+        t = medians(3, ours=lambda: model.backward(batch), plain=plain)
+        seconds |= {f"{frames} + {frames} frames, {name}": value for name, value in t.items()}
+    return seconds
 
 
 def act(data):
@@ -173,7 +189,8 @@ def memory(data):
     return {f"bytes, B = {B}": small, f"bytes, B = {8 * B}": large, "ratio": large / small}
 
 
-STAGES = {stage.__name__: stage for stage in (training_step, act, loader, feeding, processes, simulator, evaluation, memory)}
+STAGES = {stage.__name__: stage for stage in (
+    training_step, mil_step, act, loader, feeding, processes, simulator, evaluation, memory)}
 
 
 def main():

@@ -11,6 +11,7 @@ import multiprocessing.connection
 import os
 import queue
 import re
+import secrets
 import signal
 import struct
 import subprocess
@@ -76,7 +77,7 @@ def command(main, less="take less at a time"):
         if isinstance(error, MemoryError) or re.search("out of memory|allocate memory|bad_alloc", str(error)):
             fail(f"not enough memory: {less}")
         if re.search("(closed|reset) by peer|NCCL|gloo", str(error)):
-            fail("another process of this job has ended: its own message says why; the same can be gone on with")
+            fail("another process of this job has ended, and with it this one: go on with --resume")
         raise
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
@@ -233,14 +234,14 @@ def locked(folder, part=0, parts=1):
     folder.mkdir(parents=True, exist_ok=True)
     locks = [(".lock", fcntl.LOCK_SH), (f".lock-{part}-of-{parts}", fcntl.LOCK_EX)] if parts > 1 else [(".lock", fcntl.LOCK_EX)]
     with contextlib.ExitStack() as stack:
-        try:
-            for name, kind in locks:
-                fcntl.flock(stack.enter_context(open(folder / name, "w")), kind | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{folder} is being written by another process: wait for it or choose another folder")
-        except OSError as error:
-            say(f"warning: {folder} cannot be locked ({error}): see to it that no other process writes to it, or "
-                "choose a folder on another disk", stream="stderr")
+        for file, kind in [(stack.enter_context(open(folder / name, "w")), kind) for name, kind in locks]:
+            try:
+                fcntl.flock(file, kind | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"{folder} is being written by another process: wait for it or choose another folder")
+            except OSError as error:
+                say(f"warning: {file.name} cannot be locked ({error}): see to it that no other process writes there, or "
+                    "choose a folder on another disk", stream="stderr")
         for stale in folder.glob("*" + TEMPORARY) if parts == 1 else ():  # left by killed processes
             stale.unlink(missing_ok=True)
         yield
@@ -257,7 +258,7 @@ def writing(path):
 
 def write_atomically(path, write):
     """Call `write(file)` on a temporary file beside `path`, then give it its name. Raises UserError if the disk fails."""
-    temporary = Path(f"{path}.{os.getpid()}{TEMPORARY}")
+    temporary = Path(f"{path}.{secrets.token_hex(4)}{TEMPORARY}")  # other machines may write the same
     try:
         with writing(path):
             with open(temporary, "wb") as file:
@@ -289,8 +290,9 @@ def checked(content):
 def read_arrays(path, shapes, identity):
     """The arrays of an npz file that write_checked wrote; `shapes` maps their names to (shape, dtype).
 
-    Of an array of bytes of any length, of the shape (None,), only the place is returned, a range of the file's bytes. The last bytes of what was written are its `identity`. Takes no more memory than the file has bytes, whatever its
-    headers promise. Raises ValueError, which says what is wrong.
+    Of an array of bytes of any length, of the shape (None,), only the place is returned, a range of the file's bytes. The
+    last bytes of what was written are its `identity`. Takes no more memory than the file has bytes, whatever its headers
+    promise. Raises ValueError, which says what is wrong.
     """
     content = path.read_bytes()
     try:

@@ -9,8 +9,9 @@
 
 The default protocol is the paper's: 74 test tasks x 6 trials, one demonstration and five. Prints a
 table and writes DIR/results.json with a row for every trial. With the same weights, demonstrations and
-seed the rows are the same, whatever the number of workers. An interrupted evaluation goes on with the same command: every
-finished trial is in DIR/trials.jsonl; of several shares the last to finish writes the results. Demonstrations come from the data set, or are recorded on the fly.
+seed the rows are the same, whatever the number of workers. An interrupted evaluation goes on with the same
+command: every finished trial is in DIR/trials.jsonl. Of several shares the last to finish writes the
+results. Demonstrations come from the data set, or are recorded on the fly.
 """
 import argparse
 import functools
@@ -214,7 +215,7 @@ def read_record(record, evaluation):
             raise UserError(f"{record} is damaged: delete it to evaluate anew")
     header = lines[0] if lines else dict(evaluation)
     packages, rows = header.pop("packages", installed_packages()), keyed(lines[1:])
-    if header != evaluation or not rows.keys() <= plan(evaluation) or any(row not in rows.values() for row in lines[1:]):
+    if header != evaluation or not rows.keys() <= plan(evaluation) or len(set(map(_line, lines[1:]))) > len(rows):
         raise UserError(f"{record} belongs to another evaluation: choose another --out, or delete it")
     return packages, list(rows.values())
 

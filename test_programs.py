@@ -182,19 +182,20 @@ def kill_often(command, cwd, written):
     run(*command(), cwd=cwd)
 
 
-def test_data_are_the_same_for_one_worker_and_after_kills(data_set, tmp_path):
+def test_data_are_the_same_for_one_worker_and_after_kills(tmp_path):
     def written():
         return {path: path.stat().st_mtime_ns for path in folder.glob("*/*.npz")}
-    folder, finished = tmp_path / "push", {}
-    words = ["--out", folder, "--demos", 4, "--seed", 3, "--workers", 1]
-    words += [word for split, n in COUNTS.items() for word in (f"--{split}", n)]
+    folder, finished, counts = tmp_path / "push", {}, {"train": 3, "val": 1, "test": 1}
+    data.generate(tmp_path / "two", counts, demos=2, seed=3, workers=2)
+    words = ["--out", folder, "--demos", 2, "--seed", 3, "--workers", 1]
+    words += [word for split, n in counts.items() for word in (f"--{split}", n)]
     for _ in kill_often(lambda: ("data.py", *words), tmp_path, written):
         assert finished.items() <= written().items()  # no finished task is made again
         finished = written()
         for path in finished:
             common.checked(path.read_bytes())
     assert finished and finished.items() <= written().items()
-    assert contents(folder) == contents(data_set)
+    assert contents(folder) == contents(tmp_path / "two")
 
 
 def test_demonstrations(data_set):
@@ -284,7 +285,8 @@ def test_other_packages_are_one_warning(data_set, tmp_path, capsys, monkeypatch)
 
 # Several processes ----------------------------------------------------------------------------
 
-METHOD_SETTINGS = [("tecnets", {}), ("tecnets", dict(negatives="queries", lambda_U=0.3)), ("contextual", {}), ("lstm", {}), ("mil", {})]
+METHOD_SETTINGS = [("tecnets", {}), ("tecnets", dict(negatives="queries", lambda_U=0.3)), ("contextual", {}), ("lstm", {}),
+                   ("mil", {})]
 
 
 def gradients_of_a_share(store=None, rank=0):
@@ -551,7 +553,7 @@ def test_damaged_mil_data(damage, message, mil, tmp_path, monkeypatch):
 def test_a_baseline_from_training_to_evaluation(method, data_set, tmp_path):
     frames = [] if method == "contextual" else ["--demo-frames", 3]
     run("train.py", "--data", data_set, "--method", method, *TINY, "--steps", 20, *frames, cwd=tmp_path)
-    words = ["--data", data_set, "--tasks", 1, "--trials", 1, "--shots", 1, 2, "--checkpoint", f"runs/{method}/last.pt"]
+    words = ["--data", data_set, "--tasks", 1, "--trials", 1, "--shots", 2, "--checkpoint", f"runs/{method}/last.pt"]
     run("evaluate.py", *words, "--gif", 1, "--out", "filmed", cwd=tmp_path)  # frames picked from whole demonstrations
     run("evaluate.py", *words, "--method", method, "--out", "e", cwd=tmp_path)
     filmed, report = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("filmed", "e"))
@@ -1023,8 +1025,9 @@ def test_crafted_archives_take_no_memory(data_set, tmp_path):
     path, identity = data.task_path(tmp_path / "push", "train", 0), data.task_identity(data.read_manifest(data_set), "train", 0)
     with np.load(path) as archive:
         arrays = dict(archive)
-    for name, array in (("states", np.zeros((4, 100, 21), np.float32)), ("offsets", arrays["offsets"] * 10 ** 9), ("offsets", arrays["offsets"] - 1),
-                        ("actions", np.array([[Malice()]])), ("frames", arrays["frames"][:-1]), ("frames", arrays["frames"][:, None])):
+    for name, array in (("states", np.zeros((4, 100, 21), np.float32)), ("offsets", arrays["offsets"] * 10 ** 9),
+                        ("offsets", arrays["offsets"] - 1), ("actions", np.array([[Malice()]])),
+                        ("frames", arrays["frames"][:-1]), ("frames", arrays["frames"][:, None])):
         common.write_checked(path, lambda file: (np.savez(file, **{**arrays, name: array}), file.write(identity)))
         with pytest.raises(common.UserError, match="damaged|another data set"):
             data.TaskSet(tmp_path / "push", "train")

@@ -355,6 +355,22 @@ def test_inner_step_by_hand():
     torch.testing.assert_close(adapted, model.net(image, state))
 
 
+@pytest.mark.parametrize("second_order", [True, False])
+def test_fast_convolutions_of_mil(second_order, monkeypatch):
+    """The meta-gradient by our second derivatives of a convolution is that by PyTorch's own."""
+    model, batch, gradients = small_baseline(baselines.MIL, second_order=second_order), frames_batch(K=2), []
+    for vision in (baselines.plain_mil_vision, baselines.mil_vision):
+        monkeypatch.setattr(baselines, "mil_vision", vision)
+        model.zero_grad()
+        model.backward(batch)
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    plain, fast = gradients
+    assert plain.keys() == fast.keys() and ("net.inner_head.weight" in plain) == second_order
+    for name in plain:
+        assert plain[name].abs().max() > 0
+        torch.testing.assert_close(fast[name], plain[name], rtol=1e-9, atol=1e-12, msg=name)
+
+
 def test_meta_gradient_against_finite_differences():
     model, batch = small_baseline(baselines.MIL, inner_scale=5.0), frames_batch(B=2, K=1)
     model.net.image_transform.data.fill_(0.3)  # away from the kink of its clipping

@@ -315,8 +315,8 @@ class Run:
         if not self.is_first:
             return
         state = {"format": FORMAT, "options": self.options, "manifest": self.manifest, "packages": installed_packages(),
-                 "settings": vars(self.model.settings), "step": self.step, "steps": self.steps, "seconds": self.seconds, "best": self.best, "log": self.log,
-                 "recent_losses": self.recent_losses, "generator": torch.get_rng_state(),
+                 "settings": vars(self.model.settings), "step": self.step, "steps": self.steps, "seconds": self.seconds,
+                 "best": self.best, "log": self.log, "recent_losses": self.recent_losses, "generator": torch.get_rng_state(),
                  **{name: getattr(self, name).state_dict() for name in ("model", "optimiser", "scheduler", "loader")}}
         write_checked(self.folder / name, lambda file: torch.save(state, file))
         lines = "".join(json.dumps(row) + "\n" for row in self.log)

@@ -176,7 +176,7 @@ def costs(report):
 def processes(report):
     return grid(("on two cores", "cost"),
                 *((f"a training step, 64 tasks, {name}", f"{value:.2f} s") for name, value in report["processes"].items()),
-                *((name.replace("batches/s, ", "batches prepared in a second by threads: ").replace(" threads", ""), f"{value:.0f}")
+                *((name.replace("batches/s", "batches of 64 tasks prepared in a second"), f"{value:.0f}")
                   for name, value in report["feeding"].items()))
 
 
