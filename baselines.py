@@ -55,7 +55,8 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(filters))
 
     def forward(self, x):
-        return F.layer_norm(x, x.shape[1:]) + self.bias[:, None, None]
+        x = x.movedim(1, -1)  # channels last, as they are in memory: no copy
+        return F.layer_norm(x, x.shape[1:]).movedim(-1, 1) + self.bias[:, None, None]
 
 
 def feature_points(x):
