@@ -101,7 +101,8 @@ def warn_of_packages(versions, source, warned=set()):
               if versions.get(name, version) != version and name not in warned}
     warned.update(others)
     if others:
-        say(f"warning: {others} installed, {source} has {versions}: numbers may differ", stream="stderr")
+        wanted = ", ".join(f"{name} {versions[name]}, not {version}" for name, version in others.items())
+        say(f"warning: numbers may differ: {source} has {wanted}, which is installed here", stream="stderr")
 
 
 def number(kind, low, high=1e9):
