@@ -25,16 +25,17 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-
 _libc = ctypes.CDLL(None)
 _libc.fopen.restype = _libc.newlocale.restype = _libc.uselocale.restype = ctypes.c_void_p
 # PyBullet prints when it is imported, to C's stderr: that leads nowhere meanwhile. Python's, and the descriptor, stay.
 _stderr = ctypes.c_void_p.in_dll(_libc, "stderr" if sys.platform == "linux" else "__stderrp")
 _before, _stderr.value = _stderr.value, _libc.fopen(os.devnull.encode(), b"w")
-import pybullet
-import pybullet_data
-from pybullet_utils.bullet_client import BulletClient
-_stderr.value = _before
+try:
+    import pybullet
+    import pybullet_data
+    from pybullet_utils.bullet_client import BulletClient
+finally:
+    _stderr.value = _before
 
 
 @contextlib.contextmanager
