@@ -344,10 +344,10 @@ class PushEnv:
     def __init__(self, image_size=IMAGE_SIZE, render_mode="rgb_array"):
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise ValueError(f'render_mode is "rgb_array" or None, not {render_mode!r}')
-        self.image_size, self.render_mode = image_size, render_mode
-        self._client = self._rng = None
         if operator.index(image_size) < 1:
             raise ValueError(f"image_size is 1 or more, not {image_size}")
+        self.image_size, self.render_mode = image_size, render_mode
+        self._client = self._rng = None
 
     @property
     def observation_space(self):

@@ -99,23 +99,6 @@ def control_loss(prediction, actions):
     return F.mse_loss(prediction, actions)
 
 
-def gathered(x):
-    """(B, ...): the rows x (b, ...) of all processes (torchrun's) after one another; only this process's own have a gradient.
-
-    One process has all rows already and gets x itself.
-    """
-    if not (dist.is_available() and dist.is_initialized()):
-        return x
-    rank, sizes = dist.get_rank(), torch.zeros(dist.get_world_size(), dtype=torch.long, device=x.device)
-    sizes[rank] = len(x)
-    dist.all_reduce(sizes)
-    start = int(sizes[:rank].sum())
-    rows = x.new_zeros(int(sizes.sum()), *x.shape[1:])
-    rows[start:start + len(x)] = x.detach()
-    dist.all_reduce(rows)
-    return torch.cat([rows[:start], x, rows[start + len(x):]])
-
-
 # The networks (official code, networks/cnn.py) ------------------------------------------------
 
 CONVOLUTIONS, KERNEL, FULLY_CONNECTED = 4, 5, 3
@@ -291,7 +274,7 @@ class TecNets(nn.Module):
         check_batch(self.settings, batch)
         c, images = self.settings, batch["images"]
         b, M = len(images), images.shape[2]
-        B = len(gathered(batch["actions"]))
+        B = len(gathered(batch["actions"]))  # b, unless there are several processes
         s_U, loss_emb, accuracy = self._compare(batch, chunk)
         leaf, loss_U, loss_q = s_U.detach().requires_grad_(), 0.0, 0.0
         for part in torch.arange(b).split(max(1, chunk // (2 * M))):
@@ -350,7 +333,26 @@ def first_convolution(layer, images, s=None):
     return (x + response.to(x.dtype)).flatten(0, 1).movedim(-1, 1)  # (B M, filters, h, w)
 
 
-# What was given ---------------------------------------------------------------------------------
+# Several processes with a share of each batch's tasks -----------------------------------------
+
+def gathered(x):
+    """The rows of all processes after one another: x (b, ...) of the b tasks of this one -> (B, ...); x itself where it is alone.
+
+    The processes are those of torch.distributed. Only this process's own rows have a gradient.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return x
+    rank, sizes = dist.get_rank(), torch.zeros(dist.get_world_size(), dtype=torch.long, device=x.device)
+    sizes[rank] = len(x)
+    dist.all_reduce(sizes)
+    start = int(sizes[:rank].sum())
+    rows = x.new_zeros(int(sizes.sum()), *x.shape[1:])
+    rows[start:start + len(x)] = x.detach()
+    dist.all_reduce(rows)
+    return torch.cat([rows[:start], x, rows[start + len(x):]])
+
+
+# What was given -------------------------------------------------------------------------------
 
 CHOICES = {"support_mean": ("mean-norm", "norm-mean-norm"), "negatives": ("sentences", "queries"),
            "ends": ("both", "first", "last")}
