@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import functools
 import io
+import itertools
 import locale
 import math
 import operator
@@ -64,17 +65,25 @@ def _for_pybullet(path):
 
 
 @contextlib.contextmanager
-def _temporary_file(suffix, content):
-    """The path of a file with some bytes, since PyBullet reads files only; it is deleted in the end. Raises OSError."""
+def _temporary_folder(files):
+    """The path of a folder of files (bytes by name), since PyBullet reads files only; it is deleted in the end. Raises OSError."""
     try:
-        file = tempfile.NamedTemporaryFile(suffix=suffix)
-        file.write(content)
-        file.flush()
+        folder = tempfile.TemporaryDirectory()
     except OSError as error:
-        raise OSError(f"no temporary file can be written in {tempfile.tempdir or 'TMPDIR'} ({error.strerror}): "
-                      "make room there, or set TMPDIR to another folder")
-    with file:
-        yield _for_pybullet(file.name)
+        raise _no_room(error)
+    with folder as path:
+        for name, content in files.items():
+            try:
+                with open(os.path.join(path, name), "wb") as file:
+                    file.write(content)
+            except OSError as error:
+                raise _no_room(error)
+        yield _for_pybullet(path)
+
+
+def _no_room(error):
+    return OSError(f"no temporary file can be written in {tempfile.tempdir or 'TMPDIR'} ({error.strerror}): "
+                   "make room there, or set TMPDIR to another folder")
 
 
 # The benchmark's rules (MIL's simulated pushing).
@@ -83,8 +92,7 @@ HORIZON = 100  # control steps, 5 s
 IMAGE_SIZE = 125  # pixels
 STATE_DIM = 20  # 7 joint angles, 7 joint velocities, end effector (3), goal (3)
 ACTION_DIM = 7
-# A scene mirrored in the x-z plane, y for -y, is again a valid scene, apart from the links' centres of mass: these lie a
-# few centimetres off the plane and put an expert's mirrored action off by 0.007 rms. The signs that mirror action and state:
+# A scene mirrored in the x-z plane, y for -y, is again a valid scene. The signs that mirror action and state:
 MIRRORED_ACTION = np.array([-1, 1, -1, 1, -1, 1, -1], np.float32)
 MIRRORED_STATE = np.concatenate([MIRRORED_ACTION, MIRRORED_ACTION, np.float32([1, -1, 1, 1, -1, 1])])
 MIRROR = {"states": MIRRORED_STATE.tolist(), "actions": MIRRORED_ACTION.tolist()}  # as a data set's manifest has it
@@ -113,6 +121,7 @@ PATTERNS = ("flat", "stripes", "checks", "patches")
 BASE = (-0.61, 0.0, 0.36)
 FORK_LINK = 7  # its frame is the end effector: centre of the bar, prongs along -x, z down
 FORK_WIDTH, PRONG, STEM = 0.15, 0.06, 0.12
+FLANGE = STEM + 0.045  # from the last link's frame to the fork's
 START_JOINTS = (0.0, 1.562, 0.0, -2.045, 0.0, -0.465, 0.0)  # fork at (-0.37, 0, 0.12), pointing at the goal
 DAMPING = np.array([15, 15, 10, 8, 1.5, 1.5, 0.6])  # N m s/rad: torque acts like a velocity command
 TORQUE = np.array([20, 20, 10, 10, 2, 2, 1.0])  # N m, of action 1
@@ -124,10 +133,14 @@ MAX_DAMPING_STEP = 1.9
 
 # The camera, opposite the robot: 0.73 m from the goal, 50 degrees down, 45 degrees field of view.
 CAMERA_TARGET, CAMERA_DISTANCE, CAMERA_ELEVATION, CAMERA_FOV = (-0.12, 0, 0), 0.8, -50, 45
+NEAR, FAR = 0.1, 3.0
+LIGHT = (1.0, 0.0, 2.0)  # its direction, in the mirror plane
 SUPERSAMPLE = 2  # rendered at twice the size and averaged
 TABLE_EDGE = 2.0  # from the goal, along x and y
-TABLE_RGB, GOAL_RGB = (0.72, 0.70, 0.64), (0.85, 0.05, 0.05)
-DRAWN_LINKS = (5, 6, 7)  # the camera never sees the others
+# All but the objects is as green as it is blue: exchange the two in a picture, and it shows a valid scene again.
+TABLE_RGB, GOAL_RGB = (0.68, 0.70, 0.70), (0.85, 0.05, 0.05)
+ARM_RGB = {5: (0.55, 0.62, 0.62), 6: (0.92, 0.92, 0.92)}  # the camera never sees other links, but their flange
+LINK_CELL = 0.03  # vertices of these links that fall into one cell of this size become one
 
 
 @dataclass(frozen=True)
@@ -238,40 +251,77 @@ def _mesh(mesh_id):
 
 def body_shape(body):
     """Scale (3,), centre (3,) in mesh units and horizontal radius (m) that give a body its size."""
-    _, vertices, _ = _mesh(body.mesh_id)
+    return _shape(body.mesh_id, body.size)[:3]
+
+
+@functools.lru_cache(maxsize=64)
+def _shape(mesh_id, size):
+    """What body_shape says, and the vertices (V, 3) of a Body about its centre, in metres."""
+    _, vertices, _ = _mesh(mesh_id)
     low, high = vertices.min(0), vertices.max(0)
-    scale = body.size / (high - low)[:2].max()
+    scale = size / (high - low)[:2].max()
     height = np.clip((high - low)[2] * scale, *HEIGHT)
     scale = np.array([scale, scale, height / (high - low)[2]])
     centre = (low + high) / 2
-    radius = np.linalg.norm(((vertices - centre) * scale)[:, :2], axis=1).max()
-    return scale, centre, float(radius)
+    vertices = (vertices - centre) * scale
+    return scale, centre, float(np.linalg.norm(vertices[:, :2], axis=1).max()), vertices
 
 
-def _textured(triangles):
-    """An OBJ, as bytes, of triangles (T, 3, 3), each flat, its texture projected along the axis that it faces most."""
+def _obj(faces, **rows):
+    """An OBJ, as bytes: its rows of numbers by kind (v, vt, vn), and its faces, a text for every corner."""
+    lines = [" ".join([kind, *map(repr, row)]) for kind in rows for row in rows[kind].tolist()]
+    return "\n".join(lines + [" ".join(("f", *corners)) for corners in faces]).encode()
+
+
+@functools.lru_cache(maxsize=4)
+def _textured(mesh_id, size):
+    """An OBJ of a Body's mesh, all triangles flat, the texture projected along the axis that a triangle faces most."""
+    triangles = _shape(mesh_id, size)[3][_mesh(mesh_id)[2]]
     normals = np.cross(triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0])
     normals /= np.linalg.norm(normals, axis=1, keepdims=True) + 1e-12
     facing = np.abs(normals).argmax(1)
     uvs = np.take_along_axis(triangles, np.array([[1, 2], [0, 2], [0, 1]])[facing][:, None], 2) / 0.08
-    lines = [f"{kind} {' '.join(map(repr, row))}\n" for kind, rows in
-             (("v", triangles.reshape(-1, 3)), ("vt", uvs.reshape(-1, 2)), ("vn", normals)) for row in rows.tolist()]
-    lines += ["f " + " ".join(f"{j}/{j}/{i + 1}" for j in (3 * i + 1, 3 * i + 2, 3 * i + 3)) + "\n"
-              for i in range(len(triangles))]
-    return "".join(lines).encode()
+    return _obj([[f"{j}/{j}/{i + 1}" for j in (3 * i + 1, 3 * i + 2, 3 * i + 3)] for i in range(len(triangles))],
+                v=triangles.reshape(-1, 3), vt=uvs.reshape(-1, 2), vn=normals)
+
+
+def _simplified(path):
+    """An OBJ of a mesh with a third of its triangles: vertices in one LINK_CELL become one. Its shading is smooth."""
+    _, vertices, faces = _mesh(path)
+    _, cell = np.unique(np.round(vertices / LINK_CELL), axis=0, return_inverse=True)
+    cell = cell.ravel()
+    vertices = np.stack([np.bincount(cell, column) for column in vertices.T], 1) / np.bincount(cell)[:, None]
+    faces = cell[faces]
+    faces = faces[(faces != np.roll(faces, 1, 1)).all(1)]
+    a, b, c = vertices[faces].swapaxes(0, 1)
+    normals = np.zeros_like(vertices)
+    np.add.at(normals, faces, np.cross(b - a, c - a)[:, None])
+    return _obj([[f"{i}//{i}" for i in face] for face in (faces + 1).tolist()], v=vertices,
+                vn=normals / (np.linalg.norm(normals, axis=1, keepdims=True) + 1e-12))
 
 
 @functools.lru_cache(maxsize=1)
-def _arm_urdf():
-    """The URDF, as bytes, of pybullet_data's iiwa with the fork, without collision shapes and hidden visuals."""
+def _arm():
+    """The files (bytes by name) of pybullet_data's iiwa with the fork, and the corners (8, 3) of its drawn links by number.
+
+    It has no collision shapes but the fork's, and no visuals that the camera never sees.
+    """
     folder = os.path.join(pybullet_data.getDataPath(), "kuka_iiwa")
-    tree = ElementTree.parse(os.path.join(folder, "model.urdf"))
-    root = tree.getroot()
+    root, files = ElementTree.parse(os.path.join(folder, "model.urdf")).getroot(), {}
+    corners = {FORK_LINK: _corners((-PRONG, -FORK_WIDTH / 2, -FLANGE - 0.02), (0.006, FORK_WIDTH / 2, 0.02))}
     for number, link in enumerate(root.findall("link")):
         link.remove(link.find("collision"))
-        if number in DRAWN_LINKS:
-            mesh = link.find("visual").find(".//mesh")
-            mesh.set("filename", _for_pybullet(os.path.join(folder, mesh.get("filename"))))
+        centre = link.find("inertial/origin")
+        x, y, z = centre.get("xyz").split()  # put on the mirror plane, which is y = 0 or z = 0 of a link's frame
+        centre.set("xyz", f"{x} 0 {z}" if number % 2 else f"{x} {y} 0")
+        if number in ARM_RGB:
+            mesh, name = link.find("visual/geometry/mesh"), f"link_{number}.obj"
+            path = os.path.join(folder, mesh.get("filename"))
+            files[name], vertices = _simplified(path), _mesh(path)[1]
+            mesh.set("filename", name)
+            corners[number - 1] = _corners(vertices.min(0), vertices.max(0))  # PyBullet counts from after the base
+            paint = root.find(f"material[@name='{link.find('visual/material').get('name')}']/color")
+            paint.set("rgba", " ".join(map(str, (*ARM_RGB[number], 1))))
         else:
             link.remove(link.find("visual"))
     boxes = [((0.012, FORK_WIDTH, 0.04), (0, 0, 0)), ((0.02, 0.02, STEM), (0, 0, -STEM / 2))]
@@ -282,33 +332,63 @@ def _arm_urdf():
         (("visual", '<material name="Black"><color rgba="0.08 0.08 0.08 1"/></material>'), ("collision", "")))
     root.extend(ElementTree.fromstring(f"""<fork>
         <link name="fork"><inertial><mass value="0.5"/>
-          <inertia ixx="0.003" iyy="0.003" izz="0.003" ixy="0" ixz="0" iyz="0"/></inertial>{shapes}</link>
+          <inertia ixx="0.003" iyy="0.003" izz="0.003" ixy="0" ixz="0" iyz="0"/></inertial>{shapes}
+          <visual><origin xyz="0 0 {-FLANGE}"/><geometry><cylinder radius="0.045" length="0.04"/></geometry>
+            <material name="Grey"/></visual></link>
         <joint name="fork_joint" type="fixed"><parent link="lbr_iiwa_link_7"/><child link="fork"/>
-          <origin xyz="0 0 {0.045 + STEM}"/></joint></fork>"""))
-    return ElementTree.tostring(root, encoding="utf-8")
+          <origin xyz="0 0 {FLANGE}"/></joint></fork>"""))
+    return {**files, "arm.urdf": ElementTree.tostring(root, encoding="utf-8")}, corners
+
+
+def _corners(low, high):
+    """The corners (8, 3) of a box."""
+    return np.array(list(itertools.product(*zip(low, high))))
 
 
 @functools.lru_cache(maxsize=4)
 def _background(size):
-    """The empty scene, RGBA (size, size) as uint32: all that stands behind the moving bodies."""
+    """The empty scene, which stands behind the moving bodies: RGBA (size, size) as uint32, and averaged as a picture is."""
     client = _Client()
     table = client.createVisualShape(client.GEOM_BOX, halfExtents=(TABLE_EDGE, TABLE_EDGE, 0.01), rgbaColor=(*TABLE_RGB, 1))
     client.createMultiBody(0, -1, table, (0, 0, -0.01))
     disc = client.createVisualShape(client.GEOM_CYLINDER, radius=GOAL_RADIUS, length=0.001, rgbaColor=(*GOAL_RGB, 1))
     client.createMultiBody(0, -1, disc, (0, 0, 0.001))
-    pixels, _ = _camera(client, size)
+    pixels, _ = _camera(client, size, (0, 0, size, size))
     client.disconnect()
-    return pixels
+    return pixels, _averaged(pixels)
 
 
-def _camera(client, size):
-    """RGBA (size, size) as uint32 and the mask (size, size) of the pixels that show a body."""
-    view = client.computeViewMatrixFromYawPitchRoll(CAMERA_TARGET, CAMERA_DISTANCE, 90, CAMERA_ELEVATION, 0, 2)
-    projection = client.computeProjectionMatrixFOV(CAMERA_FOV, 1, 0.1, 3)
+def _averaged(pixels):
+    """RGB (h, w, 3) uint8 of RGBA (SUPERSAMPLE h, SUPERSAMPLE w) as uint32."""
+    return np.asarray(Image.frombuffer("RGBX", pixels.shape[::-1], pixels).reduce(SUPERSAMPLE).convert("RGB"))
+
+
+_VIEW = pybullet.computeViewMatrixFromYawPitchRoll(CAMERA_TARGET, CAMERA_DISTANCE, 90, CAMERA_ELEVATION, 0, 2)
+_SLOPE = math.tan(math.radians(CAMERA_FOV) / 2)  # of the picture's edges
+
+
+def _camera(client, size, window):
+    """The part of a picture of (size, size) within a window (left, top, right, bottom), in pixels.
+
+    Returns RGBA (h, w) as uint32 and the mask (h, w) of the pixels that show a body.
+    """
+    left, top, right, bottom = ((2 * edge / size - 1) * _SLOPE * NEAR for edge in window)
+    projection = client.computeProjectionMatrix(left, right, -bottom, -top, NEAR, FAR)
+    width, height = window[2] - window[0], window[3] - window[1]
     _, _, rgba, _, segmentation = client.getCameraImage(
-        size, size, view, projection, shadow=0, renderer=client.ER_TINY_RENDERER)
+        width, height, _VIEW, projection, lightDirection=LIGHT, shadow=0, renderer=client.ER_TINY_RENDERER)
     pixels = np.frombuffer(bytes(rgba), np.uint32)  # bytes() is quick for the tuples of pybullet-arm64, too
-    return pixels.reshape(size, size), np.asarray(segmentation).reshape(size, size) >= 0
+    return pixels.reshape(height, width), np.asarray(segmentation).reshape(height, width) >= 0
+
+
+def _window(points, size):
+    """The window (left, top, right, bottom) that shows points (N, 3), within a picture of (size, size)."""
+    x, y, z, _ = np.reshape(_VIEW, (4, 4)).T @ np.append(points, np.ones((len(points), 1)), 1).T
+    if (z > -NEAR).any():  # beside or behind the camera
+        return 0, 0, size, size
+    at = size / 2 * (1 + np.stack([x, -y]) / -z / _SLOPE)
+    low, high = np.clip([np.floor(at.min(1)) - 1, np.ceil(at.max(1)) + 1], 0, size).astype(int).tolist()
+    return *low, *high
 
 
 Box = collections.namedtuple("Box", "low high shape dtype")  # what Gymnasium's says of an array
@@ -384,7 +464,7 @@ class PushEnv:
         self.task = options["task"]
         if seed is not None or self._rng is None:
             self._rng = np.random.default_rng(seed)
-        self._client = _Client()
+        self._client, self._boxes = _Client(), {}  # the corners, in its own frame, of what is drawn, by (body, link)
         try:
             with _decimal_points():
                 self._build(options["side"], options["swap"])
@@ -399,7 +479,8 @@ class PushEnv:
         client = self.client
         client.setGravity(0, 0, -9.81)
         client.setTimeStep(1 / CONTROL_HZ / SUBSTEPS)
-        client.setPhysicsEngineParameter(enableFileCaching=0)  # would keep every file's bytes for ever
+        # File caching would keep every file's bytes for ever; Bullet's 50 iterations move an object by less than 1 mm more.
+        client.setPhysicsEngineParameter(enableFileCaching=0, numSolverIterations=10)
         unseen = client.createVisualShape(client.GEOM_BOX, halfExtents=(0.01,) * 3, visualFramePosition=(0, 0, -99))
         table = client.createMultiBody(0, client.createCollisionShape(client.GEOM_PLANE), unseen)
         client.changeDynamics(table, -1, lateralFriction=1)
@@ -486,29 +567,33 @@ class PushEnv:
 
     def _load_body(self, body, place, turn):
         client = self.client
-        path, vertices, faces = _mesh(body.mesh_id)
-        scale, centre, _ = body_shape(body)
-        collision = client.createCollisionShape(client.GEOM_MESH, fileName=path, meshScale=scale.tolist(),
+        scale, centre, _, vertices = _shape(body.mesh_id, body.size)
+        collision = client.createCollisionShape(client.GEOM_MESH, fileName=_mesh(body.mesh_id)[0], meshScale=scale.tolist(),
                                                 collisionFramePosition=(-centre * scale).tolist())
-        obj = _textured(((vertices - centre) * scale)[faces]) if self.render_mode else b""
-        with _temporary_file(".obj", obj) as name:  # lists in its place would leak in PyBullet
-            visual = client.createVisualShape(client.GEOM_MESH, fileName=name) if obj else -1
-            body_id = client.createMultiBody(  # reads the file again
-                body.mass, collision, visual, (*place, (np.ptp(vertices, axis=0) * scale)[2] / 2 + 0.001), turn)
-        client.changeDynamics(body_id, -1, lateralFriction=body.friction, rollingFriction=0.002,
-                              spinningFriction=0.002)
+        half = np.ptp(vertices, axis=0) / 2
+        files = {}
         if self.render_mode:
             png = io.BytesIO()
             _texture(body.appearance).save(png, "png")
-            with _temporary_file(".png", png.getvalue()) as name:
-                client.changeVisualShape(body_id, -1, textureUniqueId=client.loadTexture(name), rgbaColor=(1,) * 4)
+            files = {"body.obj": _textured(body.mesh_id, body.size), "texture.png": png.getvalue()}
+        with _temporary_folder(files) as folder:  # lists in place of the mesh's file would leak in PyBullet
+            visual = client.createVisualShape(client.GEOM_MESH, fileName=f"{folder}/body.obj") if files else -1
+            body_id = client.createMultiBody(body.mass, collision, visual, (*place, half[2] + 0.001), turn)  # reads it again
+            if files:
+                client.changeVisualShape(body_id, -1, textureUniqueId=client.loadTexture(f"{folder}/texture.png"),
+                                         rgbaColor=(1,) * 4)
+        client.changeDynamics(body_id, -1, lateralFriction=body.friction, rollingFriction=0.002,
+                              spinningFriction=0.002)
+        self._boxes[body_id, -1] = _corners(-half, half)
         return body_id
 
     def _load_arm(self):
         client = self.client
-        with _temporary_file(".urdf", _arm_urdf()) as name:
+        files, corners = _arm()
+        with _temporary_folder(files) as folder:
             # Inertias recomputed from the fork's thin boxes would let the last joint spin freely.
-            self.arm = client.loadURDF(name, BASE, useFixedBase=True, flags=client.URDF_USE_INERTIA_FROM_FILE)
+            self.arm = client.loadURDF(f"{folder}/arm.urdf", BASE, useFixedBase=True, flags=client.URDF_USE_INERTIA_FROM_FILE)
+        self._boxes |= {(self.arm, link): box for link, box in corners.items()}
         client.setJointMotorControlArray(self.arm, range(7), client.VELOCITY_CONTROL, forces=[0] * 7)
         speeds = self._rng.uniform(-START_SPEED, START_SPEED, 7)
         for joint in range(7):
@@ -538,9 +623,25 @@ class PushEnv:
         if not self.render_mode or image_size < 1:
             raise ValueError(f'pictures need PushEnv(render_mode="rgb_array") and a size of 1 or more, not {image_size}')
         size = image_size * SUPERSAMPLE
-        pixels, body = _camera(self.client, size)
-        picture = Image.frombuffer("RGBX", (size, size), np.where(body, pixels, _background(size)))
-        return np.array(picture.reduce(SUPERSAMPLE))[..., :3]
+        empty, picture = _background(size)
+        picture, (left, top, right, bottom) = picture.copy(), _window(self._corners(), image_size)
+        if left < right and top < bottom:
+            window = [SUPERSAMPLE * edge for edge in (left, top, right, bottom)]
+            pixels, body = _camera(self.client, size, window)
+            pixels = np.where(body, pixels, empty[window[1]:window[3], window[0]:window[2]])
+            picture[top:bottom, left:right] = _averaged(pixels)
+        return picture
+
+    def _corners(self):
+        """Points (N, 3) around all that is drawn."""
+        client, corners = self.client, []
+        for (body, link), box in self._boxes.items():
+            if link < 0:
+                position, turn = client.getBasePositionAndOrientation(body)
+            else:
+                position, turn = client.getLinkState(body, link, computeForwardKinematics=True)[4:6]
+            corners.append(box @ np.reshape(client.getMatrixFromQuaternion(turn), (3, 3)).T + position)
+        return np.concatenate(corners)
 
     def _info(self):
         target, distractor = self.target_position, self.distractor_position
@@ -612,6 +713,4 @@ def _joint_control(env, twist, force):
 
 def _extent(body, rotation, direction):
     """How far a body reaches from its centre along a horizontal direction."""
-    _, vertices, _ = _mesh(body.mesh_id)
-    scale, centre, _ = body_shape(body)
-    return ((vertices - centre) * scale @ (np.append(direction, 0) @ np.reshape(rotation, (3, 3)))).max()
+    return (_shape(body.mesh_id, body.size)[3] @ (np.append(direction, 0) @ np.reshape(rotation, (3, 3)))).max()
