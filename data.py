@@ -26,7 +26,7 @@ from common import (TEMPORARY, Parser, UserError, command, cores, installed_pack
 
 # The simulator is imported where demonstrations are recorded: to read a data set takes no PyBullet.
 
-VERSION = 3
+VERSION = 4
 FULL_DATA = {"tasks": {"train": 693, "val": 76, "test": 74}, "demos": 12, "seed": 0}  # the benchmark's size
 SPLITS = tuple(FULL_DATA["tasks"])
 NOISE = 0.1  # std of the noise on a demonstration's executed actions; the clean ones are recorded
@@ -83,17 +83,20 @@ def generate(folder, counts, demos, seed, workers=None, part=0, parts=1):
     if not counts.keys() <= set(SPLITS) or min(demos, *counts.values()) < 1:
         raise ValueError(f"a data set has tasks of {', '.join(SPLITS)}, 1 or more, and as many demos, not {counts} and {demos}")
     manifest = dict(version=VERSION, seed=seed, demos=demos, noise=NOISE, horizon=sim.HORIZON, image_size=sim.IMAGE_SIZE,
-                    state_dim=sim.STATE_DIM, action_dim=sim.ACTION_DIM, mirror=sim.MIRROR, tasks=counts)
+                    state_dim=sim.STATE_DIM, action_dim=sim.ACTION_DIM, mirror=sim.MIRROR, recolour=True, pairs=True,
+                    tasks=counts)
     return make_tasks(Path(folder), manifest, _record_task, workers, part, parts)
 
 
-def write_data_set(folder, tasks, mirror=None):
+def write_data_set(folder, tasks, mirror=None, recolour=False, pairs=False):
     """Write a data set of your own from arrays.
 
     `tasks` maps the splits "train" and "val" to their tasks. A task is a list of demonstrations, a demonstration a dict
     of `frames` (T, H, H, 3) uint8, `states` (T, S) and `actions` (T, A), as record_demo returns it. All demonstrations
     have equal sizes, all tasks equally many. `mirror` is a dict of `states` (S,) and `actions` (A,): factors 1 or -1 that
-    turn them into those of the scene seen in a mirror; without it batches cannot be mirrored.
+    turn them into those of the scene seen in a mirror; without it batches cannot be mirrored. `recolour` says that a
+    picture whose green and blue are exchanged shows a valid scene, too; `pairs` that tasks 2k and 2k + 1 have the same
+    objects in exchanged roles.
     Raises ValueError for other shapes, types or values and UserError if the folder holds a data set.
     """
     if not (tasks.get("train") and tasks.get("val") and tasks.keys() <= set(SPLITS)):
@@ -105,8 +108,8 @@ def write_data_set(folder, tasks, mirror=None):
     manifest = dict(
         version=VERSION, seed=None, demos=len(tasks["train"][0]), noise=None, horizon=T, image_size=H,
         state_dim=np.shape(first["states"])[-1], action_dim=np.shape(first["actions"])[-1],
-        mirror=mirror and {name: np.float64(mirror[name]).tolist() for name in mirror},
-        tasks={split: len(tasks[split]) for split in tasks}, packages=installed_packages())
+        mirror=mirror and {name: np.float64(mirror[name]).tolist() for name in mirror}, recolour=bool(recolour),
+        pairs=bool(pairs), tasks={split: len(tasks[split]) for split in tasks}, packages=installed_packages())
     for name, length in (("states", manifest["state_dim"]), ("actions", manifest["action_dim"])) if mirror else ():
         if np.shape(mirror[name]) != (length,) or (np.abs(mirror[name]) != 1).any():
             raise ValueError(f"mirror needs {length} signs, 1 or -1, of {name}")

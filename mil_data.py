@@ -49,8 +49,10 @@ def import_mil(source, folder, val, workers=None):
                         "give the folder of MIL's data, and a --val below that number")
     train, test = ([tasks[task] for task in sorted(tasks)] for tasks in folders.values())
     paths = {"train": train[:-val], "val": train[-val:], "test": test}
+    pairs = sorted(folders["train"]) == list(range(len(train))) and val % 2 == len(train) % 2
     manifest = dict(version=VERSION, seed=None, demos=len(MIL_DEMOS), noise=None, horizon=HORIZON, image_size=IMAGE_SIZE,
-                    state_dim=STATE_DIM, action_dim=ACTION_DIM, mirror=None, tasks={split: len(paths[split]) for split in paths},
+                    state_dim=STATE_DIM, action_dim=ACTION_DIM, mirror=None, recolour=False, pairs=pairs,
+                    tasks={split: len(paths[split]) for split in paths},
                     source=digest_of({split: [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths[split]]
                                       for split in paths}))
     make_tasks(Path(folder), manifest, _import_task, workers, 0, 1, paths)

@@ -657,6 +657,7 @@ TRAVEL_HEIGHT, PUSH_HEIGHT = 0.118, 0.022  # of the fork
 TRAVEL_SPEED, PUSH_SPEED = 0.45, 0.20  # m/s
 STOP_DISTANCE = 0.015  # of the target from the goal
 PUSH_FORCE, PUSH_GAIN, MAX_FORCE = 4.0, 50.0, 14.0  # N, N s/m, N: the force grows with how far the push lags behind
+DETOUR, DETOUR_WIDTH, DETOUR_MARGIN = 0.6, 0.05, 0.02  # sideways per metre ahead, at most; over 5 cm; m of air kept
 JOINT_GAIN = 14.0  # 1/s, of the joint velocities' error
 POSTURE = np.array([0, 1.4, 0, -1.5, 0, 0, 0])  # what the arm's spare degree of freedom tends to
 
@@ -666,15 +667,13 @@ def expert_action(env):
 
     High up it travels to a point behind the target on the line to the goal and turns the fork
     there, comes down in a funnel, and pushes while it is low and has the target in the fork;
-    otherwise it goes up and comes again.
+    otherwise it goes up and comes again. The line bends away from a distractor beside it.
     """
-    target, turn = env.client.getBasePositionAndOrientation(env.target)
-    target, fork, rotation = np.array(target[:2]), env.fork_position, env.fork_rotation
+    target, fork, rotation = env.target_position[:2], env.fork_position, env.fork_rotation
     distance = np.linalg.norm(target)
-    ahead = -target / max(distance, 1e-6)
+    ahead = _push_direction(env, target, distance)
     aside = np.array([-ahead[1], ahead[0]])
-    back = _extent(env.task.target, env.client.getMatrixFromQuaternion(turn), -ahead)
-    gap = back + PRONG + 0.02
+    gap = _extent(env, env.target, -ahead) + PRONG + 0.02
     behind = target - ahead * gap
     along, lateral = (fork[:2] - target) @ ahead, (fork[:2] - target) @ aside
     facing = -rotation[:2, 0]
@@ -699,6 +698,20 @@ def expert_action(env):
     return _joint_control(env, twist, force)
 
 
+def _push_direction(env, target, distance):
+    """The horizontal unit vector (2,) from the target to the goal, turned away from a distractor that is in the way."""
+    ahead = -target / max(distance, 1e-6)
+    aside = np.array([-ahead[1], ahead[0]])
+    offset = env.distractor_position[:2] - target
+    if not -0.12 < offset @ ahead < distance:
+        return ahead
+    aside *= np.copysign(1, offset @ aside)  # to the distractor's side
+    width = max(FORK_WIDTH / 2, _extent(env, env.target, aside)) + _extent(env, env.distractor, -aside)
+    missing = width + DETOUR_MARGIN - offset @ aside
+    ahead = ahead - DETOUR * np.clip(missing / DETOUR_WIDTH, 0, 1) * aside
+    return ahead / np.linalg.norm(ahead)
+
+
 def _joint_control(env, twist, force):
     """Torques (as an action) for a fork velocity (6,) and a horizontal fork force (2,)."""
     q = env.q.tolist()
@@ -711,6 +724,9 @@ def _joint_control(env, twist, force):
     return np.clip(torque / TORQUE, -1, 1)
 
 
-def _extent(body, rotation, direction):
-    """How far a body reaches from its centre along a horizontal direction."""
-    return (_shape(body.mesh_id, body.size)[3] @ (np.append(direction, 0) @ np.reshape(rotation, (3, 3)))).max()
+def _extent(env, body_id, direction):
+    """How far an object reaches from its centre along a horizontal direction."""
+    body = env.task.target if body_id == env.target else env.task.distractor
+    _, turn = env.client.getBasePositionAndOrientation(body_id)
+    rotation = np.reshape(env.client.getMatrixFromQuaternion(turn), (3, 3))
+    return (_shape(body.mesh_id, body.size)[3] @ (np.append(direction, 0) @ rotation)).max()

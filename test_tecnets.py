@@ -614,16 +614,16 @@ def test_the_picture_belongs_to_the_state_and_is_complete(monkeypatch):
     disc = client.createVisualShape(client.GEOM_CYLINDER, radius=sim.GOAL_RADIUS, length=0.001,
                                     rgbaColor=(*sim.GOAL_RGB, 1))
     client.createMultiBody(0, -1, disc, (0, 0, 0.001))
-    pixels, body = sim._camera(client, 2 * n)
+    pixels, body = sim._camera(client, 2 * n, (0, 0, 2 * n, 2 * n))
     whole = pixels.view(np.uint8).reshape(n, 2, n, 2, 4)[..., :3].mean((1, 3))
     assert body.all() and np.abs(whole - frames[-1]).max() <= 0.5
     env.close()
-    monkeypatch.setattr(sim, "DRAWN_LINKS", range(8))
-    sim._arm_urdf.cache_clear()
+    monkeypatch.setattr(sim, "ARM_RGB", {number: sim.ARM_RGB[6 if number in (3, 6) else 5] for number in range(1, 7)})
+    sim._arm.cache_clear()
     env, everything = film(1)
     env.close()
-    sim._arm_urdf.cache_clear()
-    assert (everything == frames).all()
+    sim._arm.cache_clear()
+    assert np.abs(everything.astype(int) - frames).max() <= 1  # the windows differ, and their projections' rounding
 
 
 def test_a_lost_object_is_reported():
