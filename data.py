@@ -321,19 +321,21 @@ class TaskLoader:
     A batch has B different tasks; of each K support and Q query demos, all different, and F control samples of each
     of the two sets, every one at a random time of a random demo of its set: T u^early with a uniform u, so early = 1
     is uniform and more favours a demo's beginning. With `random_support` every batch draws its K from 1 to the K given.
-    With `mirror` half of the tasks are seen in a mirror, all their demos alike. Of N processes that have a `share`
+    With `mirror` half of the tasks are seen in a mirror, with `recolour` half of them with green and blue exchanged, all
+    their demos alike. With `pairs` tasks 2k and 2k + 1, which show the same objects in exchanged roles, are drawn together
+    and seen alike: a batch in which no task has its partner hardly teaches to tell the two apart. Of N processes that have a `share`
     (i, N) each, the i-th gets the i-th part of every batch's tasks.
 
     It is a dict of uint8 and float32 arrays, U for support and q for query, before one another on axis 1 where both
     are in one, and n the `demo_frames` of a support demo, evenly spaced: `frames_U` (B, K, n, H, W, 3), `frames_q`
     (B, Q, 2, H, W, 3), `images` (B, 2, F, H, W, 3), `states` (B, 2, F, S), `actions` (B, 2, F, A). What was drawn is
-    told by `tasks` (B,), `mirrored` (B,), `demos` (B, K + Q), `control_demos` (B, 2, F) and `times` (B, 2, F).
+    told by `tasks` (B,), `mirrored` (B,), `recoloured` (B,), `demos` (B, K + Q), `control_demos` (B, 2, F) and `times` (B, 2, F).
     Batches are prepared ahead on background `threads`, at most two more than there are threads. Raises UserError if
     B or K + Q are too many, ValueError for numbers that make no sense.
     """
 
-    def __init__(self, task_set, B, K, Q, F, seed, early=1.0, random_support=False, mirror=False, demo_frames=2,
-                 threads=1, share=(0, 1)):
+    def __init__(self, task_set, B, K, Q, F, seed, early=1.0, random_support=False, mirror=False, recolour=False,
+                 pairs=False, demo_frames=2, threads=1, share=(0, 1)):
         for name, value in dict(B=B, K=K, Q=Q, F=F, early=early, threads=threads).items():
             if (value if name == "early" else operator.index(value)) < 1 or not math.isfinite(value):
                 raise ValueError(f"{name} is a number from 1 on, not {value}")
@@ -346,8 +348,14 @@ class TaskLoader:
             raise UserError(f"K + Q = {K} + {Q} demos are more than the {task_set.n_demos} of a task: lower --support or --query")
         if mirror and not task_set.mirror:
             raise UserError("nothing tells how these data look in a mirror: give write_data_set its signs, or use --mirror 0")
+        if recolour and not task_set.manifest["recolour"]:
+            raise UserError("nothing says that green and blue of these data may be exchanged: tell write_data_set, or use --recolour 0")
+        if pairs and not task_set.manifest["pairs"]:
+            raise UserError("nothing says that these tasks come in pairs: tell write_data_set, or use --pairs 0")
+        if pairs and B % 2:
+            raise UserError(f"a batch of {B} tasks has no whole pairs: choose an even --batch, or use --pairs 0")
         self.task_set, self.B, self.K, self.Q, self.F, self.seed, self.early = task_set, B, K, Q, F, seed, early
-        self.random_support, self.mirror = random_support, mirror
+        self.random_support, self.mirror, self.recolour, self.group = random_support, mirror, recolour, 2 if pairs else 1
         self.share = slice(*(B * (share[0] + i) // share[1] for i in (0, 1)))
         self.position = 0
         self._pool, self._ahead, self._queue = ThreadPoolExecutor(threads), threads + 2, collections.deque()
@@ -358,14 +366,16 @@ class TaskLoader:
         rng = np.random.default_rng([self.seed, position])
         if self.random_support:
             K = int(rng.integers(1, K + 1))
-        tasks = rng.choice(data.n_tasks, B, replace=False)
-        mirrored = rng.random(B) < 0.5 * self.mirror
+        groups = B // self.group
+        tasks = rng.choice(data.n_tasks // self.group, groups, replace=False)[:, None] * self.group + np.arange(self.group)
+        tasks = tasks.ravel()
+        mirrored, recoloured = (np.repeat(rng.random(groups) < 0.5 * on, self.group) for on in (self.mirror, self.recolour))
         demos = np.stack([rng.choice(data.n_demos, K + Q, replace=False) for _ in tasks])
         picks = np.stack([rng.integers(0, K, (B, F)), rng.integers(K, K + Q, (B, F))], 1)  # (B, 2, F)
         control_demos = np.take_along_axis(demos[:, None], picks, 2)  # (B, 2, F)
         times = (data.horizon * rng.random((B, 2, F)) ** self.early).astype(int)
-        tasks, mirrored, demos, control_demos, times = (
-            drawn[self.share] for drawn in (tasks, mirrored, demos, control_demos, times))
+        tasks, mirrored, recoloured, demos, control_demos, times = (
+            drawn[self.share] for drawn in (tasks, mirrored, recoloured, demos, control_demos, times))
         at = tasks[:, None, None], control_demos, times
         if len(self.demo_times) == 2:
             frames_U = data.ends[tasks[:, None], demos[:, :K]]
@@ -376,9 +386,11 @@ class TaskLoader:
         for name in ("frames_U", "frames_q", "images"):
             pixels = batch[name].view("V3")  # moved whole: twice as fast as numpy's loop over their 3 bytes
             pixels[mirrored] = pixels[mirrored][..., ::-1, :]
+            for task in np.flatnonzero(recoloured):
+                batch[name][task, ..., 1:] = batch[name][task, ..., :0:-1].copy()
         for name in ("states", "actions") if self.mirror else ():
             batch[name][mirrored] *= data.mirror[name]
-        return {**batch, "tasks": tasks, "mirrored": mirrored, "demos": demos, "control_demos": control_demos, "times": times}
+        return {**batch, "tasks": tasks, "mirrored": mirrored, "recoloured": recoloured, "demos": demos, "control_demos": control_demos, "times": times}
 
     def __iter__(self):
         return self

@@ -372,7 +372,8 @@ def _camera(client, size, window):
 
     Returns RGBA (h, w) as uint32 and the mask (h, w) of the pixels that show a body.
     """
-    left, top, right, bottom = ((2 * edge / size - 1) * _SLOPE * NEAR for edge in window)
+    halves = (0.5, -0.5, 0.5, -0.5)  # TinyRenderer looks through the lower left corner of a pixel: now through its middle
+    left, top, right, bottom = ((2 * (edge + half) / size - 1) * _SLOPE * NEAR for edge, half in zip(window, halves))
     projection = client.computeProjectionMatrix(left, right, -bottom, -top, NEAR, FAR)
     width, height = window[2] - window[0], window[3] - window[1]
     _, _, rgba, _, segmentation = client.getCameraImage(

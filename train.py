@@ -43,11 +43,11 @@ LOG_STEPS = 50
 LOSS_OPTIONS = ("margin", "lambda_emb", "lambda_U", "lambda_q", "normalise_queries", "support_mean", "negatives", "ends")
 METHODS = {
     "tecnets": (TecNets, tecnets.Settings, {}, ("demo_frames", "second_order")),
-    "contextual": (baselines.Contextual, baselines.Settings, dict(batch=15, support=1, random_support=0, samples=8),
+    "contextual": (baselines.Contextual, baselines.Settings, dict(batch=15, pairs=0, support=1, random_support=0, samples=8),
                    ("demo_frames", "second_order", *LOSS_OPTIONS)),
-    "lstm": (baselines.LSTM, baselines.Settings, dict(batch=15, support=1, random_support=0, samples=8, demo_frames=10),
+    "lstm": (baselines.LSTM, baselines.Settings, dict(batch=15, pairs=0, support=1, random_support=0, samples=8, demo_frames=10),
              ("second_order", *LOSS_OPTIONS)),
-    "mil": (baselines.MIL, baselines.Settings, dict(batch=15, support=1, random_support=0, samples=20, demo_frames=20,
+    "mil": (baselines.MIL, baselines.Settings, dict(batch=15, pairs=0, support=1, random_support=0, samples=20, demo_frames=20,
                                                     bfloat16=0), LOSS_OPTIONS),
 }
 # Every hyper-parameter: type, default (our recipe for two cores), help.
@@ -66,6 +66,9 @@ OPTIONS = {
     "samples": (number(int, 1, 1000), 4, "control samples of the support and of the query set a task"),
     "early": (number(float, 1, 10), 3.0, "times of control samples are T u^early: 1 uniform (paper), more favours the start"),
     "mirror": (number(int, 0, 1), None, "1: half of the tasks are seen in a mirror (default: where the data tell how)"),
+    "recolour": (number(int, 0, 1), None, "1: half of the tasks are seen with green and blue exchanged (default: where the data "
+                 "allow it)"),
+    "pairs": (number(int, 0, 1), None, "1: tasks of the same objects are drawn together (default: where the data have pairs)"),
     "demo_frames": (number(int, 2), 2, "frames of a demonstration that lstm and mil read, evenly spaced"),
     "chunk": (number(int, 1), 256, "images a backward pass holds in memory"),
     "threads": (number(int, 1, 1000), 1, "that prepare batches; a GPU wants several"),
@@ -93,7 +96,7 @@ SMOKE_DATA = {"tasks": {"train": 16, "val": 4, "test": 4}, "demos": 6, "seed": 0
 CHANGEABLE = ("device", "data", "threads")  # when a run is resumed
 PRESETS = {
     "ours": {},
-    "paper": dict(batch=64, support=5, random_support=0, query=5, samples=1, early=1.0, mirror=0, lr=5e-4,
+    "paper": dict(batch=64, support=5, random_support=0, query=5, samples=1, early=1.0, mirror=0, recolour=0, pairs=0, lr=5e-4,
                   schedule="constant", steps=400_000, lambda_U=0.1, lambda_q=0.1),
     "smoke": dict(data="data/smoke", batch=8, support=2, query=2, minutes=1.0, validate_every=50,
                   validation_batches=2),
@@ -247,8 +250,8 @@ class Run:
         if checkpoint and same_data(checkpoint["manifest"]) != self.manifest:
             raise UserError(f"{options['data']} is not the data set that {folder} was started with: bring that one back, "
                             "or say with --data where it is now")
-        mirror = int(task_set.mirror is not None) if options["mirror"] is None else options["mirror"]
-        self.options = {**options, "tasks": task_set.n_tasks, "val_tasks": val_set.n_tasks, "mirror": mirror}
+        allowed = {name: int(bool(self.manifest[name])) for name in ("mirror", "recolour", "pairs") if options[name] is None}
+        self.options = {**options, **allowed, "tasks": task_set.n_tasks, "val_tasks": val_set.n_tasks}
         self.step, self.seconds, self.best, self.log, self.recent_losses = 0, 0.0, float("inf"), [], []
         self.build_model(task_set, init)
         self.build_loaders(task_set, val_set)
@@ -283,9 +286,10 @@ class Run:
             raise UserError(f"--demo-frames {options['demo_frames']}: a demonstration has {task_set.horizon} frames")
         sizes = [options[name] for name in ("support", "query", "samples")]
         self.loader = TaskLoader(task_set, options["batch"], *sizes, options["seed"], options["early"],
-                                 bool(options["random_support"]), bool(options["mirror"]), options["demo_frames"],
-                                 options["threads"], launched()[:2])
-        self.val_loader = TaskLoader(val_set, min(options["batch"], val_set.n_tasks), 1, *sizes[1:], seed=0,  # one shot
+                                 *(bool(options[name]) for name in ("random_support", "mirror", "recolour", "pairs")),
+                                 options["demo_frames"], options["threads"], launched()[:2])
+        B = min(options["batch"], val_set.n_tasks)
+        self.val_loader = TaskLoader(val_set, B, 1, *sizes[1:], seed=0, pairs=self.manifest["pairs"] and B % 2 == 0,  # one shot
                                      demo_frames=options["demo_frames"])
 
     def build_scheduler(self):
