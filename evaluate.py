@@ -14,11 +14,11 @@ command: every finished trial is in DIR/trials.jsonl. Of several shares the last
 results. Demonstrations come from the data set, or are recorded on the fly.
 """
 import argparse
+import collections
 import functools
 import hashlib
 import itertools
 import json
-import math
 import statistics
 import time
 import zlib
@@ -236,12 +236,18 @@ def recorded(out, evaluation):
 
 # Results --------------------------------------------------------------------------------------
 
-def wilson(successes, trials, z=1.959964):
-    """The Wilson 95 % interval of a success rate: (low, high)."""
-    rate, spread = successes / trials, z * z / trials
-    centre = (rate + spread / 2) / (1 + spread)
-    half = z / (1 + spread) * math.sqrt(rate * (1 - rate) / trials + spread / trials / 4)
-    return max(0.0, centre - half), min(1.0, centre + half)
+def interval(rows, resamples=10_000):
+    """The 95 % interval [low, high] of the success rate of rows: a seeded bootstrap that draws pairs of tasks.
+
+    The trials of a task share its objects, and so do the two tasks of a pair: to take trials for independent would
+    give too narrow an interval.
+    """
+    pairs = collections.defaultdict(list)
+    for row in rows:
+        pairs[row["task"] // 2].append(row["success"])
+    counts = np.array([(sum(pairs[pair]), len(pairs[pair])) for pair in sorted(pairs)])
+    drawn = counts[np.random.default_rng(0).integers(len(counts), size=(resamples, len(counts)))].sum(1)
+    return np.quantile(drawn[:, 0] / drawn[:, 1], (0.025, 0.975)).tolist()
 
 
 def summary(policy, split, shots, seed, rows, seconds):
@@ -249,7 +255,7 @@ def summary(policy, split, shots, seed, rows, seconds):
     successes, n = sum(row["success"] for row in rows), len(rows)
     return {"policy": policy, "split": split, "shots": shots, "n_tasks": len({row["task"] for row in rows}),
             "n_trials": n, "successes": successes, "success_rate": successes / n,
-            "ci95": list(wilson(successes, n)),
+            "ci95": interval(rows),
             "strict_success_rate": sum(row["final_distance"] < sim.STRICT_DISTANCE for row in rows) / n,
             "distractor_moved_rate": sum(row["distractor_displacement"] > sim.MOVED_DISTANCE for row in rows) / n,
             "seconds": round(seconds, 1), "seed": seed, "trials": rows}
@@ -429,8 +435,9 @@ def main():
     tasks = sorted(set(args.only)) if args.only else list(range(args.tasks))
     data = read_demonstrations(args, policy, tasks)
     out, shots = Path(args.out), list(dict.fromkeys(args.shots)) if policy in METHODS else [0]
-    evaluation = {"policy": policy, "split": args.split, "tasks": args.only and tasks or args.tasks, "trials": args.trials,
-                  "seed": args.seed, "gif": args.gif, "film_failures": args.film_failures, "shots": shots,
+    evaluation = {"benchmark": sim.VERSION, "policy": policy, "split": args.split,
+                  "tasks": args.only and tasks or args.tasks, "trials": args.trials, "seed": args.seed, "gif": args.gif,
+                  "film_failures": args.film_failures, "shots": shots,
                   "checkpoint": checkpoint is not None and hashlib.sha256(checkpoint).hexdigest(),
                   "demos": data and [data.manifest["seed"], data.n_demos]}
     part, parts = args.share

@@ -86,6 +86,7 @@ def _no_room(error):
                    "make room there, or set TMPDIR to another folder")
 
 
+VERSION = 3  # of all below: results of one version say nothing of another
 # The benchmark's rules (MIL's simulated pushing).
 CONTROL_HZ = 20
 HORIZON = 100  # control steps, 5 s

@@ -871,7 +871,7 @@ def bad_files(trained, data_set, tmp_path_factory):
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         common.write_checked(folder / name, lambda file: torch.save(content, file))
-    evaluation = dict(policy="expert", split="test", tasks=2, trials=1, seed=0, gif=0, film_failures=False, shots=[0],
+    evaluation = dict(benchmark=sim.VERSION, policy="expert", split="test", tasks=2, trials=1, seed=0, gif=0, film_failures=False, shots=[0],
                       checkpoint=False, demos=None, packages=common.installed_packages())
     rows = [dict(shots=0, task=0, trial=trial, success=True, final_distance=0.0, distractor_displacement=0.0) for trial in (0, 1)]
     for name, text in {"foreign-rows/trials.jsonl": "".join(map(evaluate._line, [evaluation, *rows])),
