@@ -67,23 +67,16 @@ def _for_pybullet(path):
 @contextlib.contextmanager
 def _temporary_folder(files):
     """The path of a folder of files (bytes by name), since PyBullet reads files only; it is deleted in the end. Raises OSError."""
-    try:
-        folder = tempfile.TemporaryDirectory()
-    except OSError as error:
-        raise _no_room(error)
-    with folder as path:
-        for name, content in files.items():
-            try:
+    with contextlib.ExitStack() as stack:
+        try:
+            path = stack.enter_context(tempfile.TemporaryDirectory())
+            for name, content in files.items():
                 with open(os.path.join(path, name), "wb") as file:
                     file.write(content)
-            except OSError as error:
-                raise _no_room(error)
+        except OSError as error:
+            raise OSError(f"no temporary file can be written in {tempfile.tempdir or 'TMPDIR'} ({error.strerror}): "
+                          "make room there, or set TMPDIR to another folder")
         yield _for_pybullet(path)
-
-
-def _no_room(error):
-    return OSError(f"no temporary file can be written in {tempfile.tempdir or 'TMPDIR'} ({error.strerror}): "
-                   "make room there, or set TMPDIR to another folder")
 
 
 VERSION = 3  # of all below: results of one version say nothing of another
@@ -287,7 +280,7 @@ def _textured(mesh_id, size):
 
 
 def _simplified(path):
-    """An OBJ of a mesh with a third of its triangles: vertices in one LINK_CELL become one. Its shading is smooth."""
+    """An OBJ of a mesh with a fifth of its triangles: vertices in one LINK_CELL become one. Its shading is smooth."""
     _, vertices, faces = _mesh(path)
     _, cell = np.unique(np.round(vertices / LINK_CELL), axis=0, return_inverse=True)
     cell = cell.ravel()
