@@ -38,7 +38,7 @@ HERE = Path(__file__).parent
 COUNTS = {"train": 4, "val": 2, "test": 2}
 THREADS = 2  # sums depend on their number
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": str(THREADS)}
-TINY = ("--batch", 3, "--support", 2, "--samples", 1, "--steps", 60, "--validate-every", 20, "--validation-batches", 1)
+TINY = ("--batch", 4, "--support", 2, "--samples", 1, "--steps", 60, "--validate-every", 20, "--validation-batches", 1)
 
 
 @pytest.fixture(scope="module", autouse=True)
