@@ -79,7 +79,7 @@ def results(seeds):
         if policy == "tecnets":
             reports = [load(seed / "test")["results"] for seed in seeds]
             cells = ["**" + over_seeds([report[i]["success_rate"] for report in reports]) + "**" for i in (0, 1)]
-            trials = f"{len(seeds)} seeds x {reports[0][0]['n_trials']}"
+            trials = f"{len(seeds)} seed{'s' * (len(seeds) > 1)} x {reports[0][0]['n_trials']}"
         else:
             result = load(seeds[0] / policy)["results"][0]
             cells, trials = [percent(result), ""], str(result["n_trials"])
@@ -88,17 +88,17 @@ def results(seeds):
 
 
 def every_seed(seeds):
-    rows = [("seed", "shots", "success [95 % interval]", *MEASURES, "validation, 1 shot", "steps", "training")]
+    rows = [("seed", "shots", "success [95 % interval]", *MEASURES, "both of a pair", "validation, 1 shot", "steps", "training")]
     for seed in seeds:
         report, validation = load(seed / "test"), load(seed / "val")["results"][0]
         log = [json.loads(line) for line in (seed / "log.jsonl").read_text().splitlines()]
         last = [row for row in log if "seconds" in row][-1]
         for result in report["results"]:
             rows.append((seed.name.removeprefix("seed"), str(result["shots"]), percent(result), *measures(result),
-                         percent(validation), *length(last)))
+                         both(result), percent(validation), *length(last)))
     for policy in ("no-demo", "expert", "random"):
         result = load(seeds[0] / policy)["results"][0]
-        rows.append((f"`{policy}`", "", percent(result), *measures(result), "", "", ""))
+        rows.append((f"`{policy}`", "", percent(result), *measures(result), both(result), "", "", ""))
     return grid(*rows)
 
 
@@ -138,7 +138,7 @@ def ablations(folders):
 def short_runs(ours, papers):
     """A sentence on each of the two short runs, of our recipe and of the paper's."""
     texts = []
-    for text, report in (("A shorter run does most of it: {} on 400 tasks gave {} (`fast/`).", ours),
+    for text, report in (("A shorter run did most of it: {} on 400 tasks gave {} (`fast/`).", ours),
                          ("The paper's own recipe (`--preset paper`), stopped after {} on the same tasks, gave {} (`paper/`).", papers)):
         result, network = report["results"][0], report["network"]
         texts.append(text.format(f"{network['seconds'] / 60:.0f} minutes of training ({network['step']:,} steps)",
