@@ -526,6 +526,15 @@ def test_expert_solves_tasks(expert_trials):
     assert expert_trials[:, 0].all()
 
 
+def test_the_expert_goes_around_a_distractor():
+    env = sim.PushEnv(render_mode=None)
+    env.reset(seed=1017, options={"task": sim.make_task("train", 17), "side": 1})  # 10 cm on the straight way
+    for _ in range(sim.HORIZON):
+        info = env.step(sim.expert_action(env))[-1]
+    assert info["success"] and info["distractor_displacement"] < sim.MOVED_DISTANCE
+    env.close()
+
+
 def test_joint_speeds_and_objects_stay_bounded(expert_trials):
     assert expert_trials[:, 1].max() < 3 and expert_trials[:, 2].min() > 0
 
@@ -930,11 +939,11 @@ def test_share_of_first_frames(tasks, early, share):
 
 
 def test_interval():
-    """That of a binomial for independent trials, wider where the trials of a task are alike, the same every time."""
+    """That of a binomial for independent trials, wider where the trials of a pair of tasks are alike, the same every time."""
     rng = np.random.default_rng(0)
-    for different, independent in ((6, 600), (1, 100)):
-        rows = [dict(task=task, success=bool(success)) for task in range(100)
-                for success in np.resize(rng.random(different) < 0.8, 6)]
+    for different, independent in ((12, 1200), (1, 100)):  # of the 12 trials of a pair
+        rows = [dict(task=2 * pair + i % 2, success=bool(success)) for pair in range(100)
+                for i, success in enumerate(np.resize(rng.random(different) < 0.8, 12))]
         rate, interval = np.mean([row["success"] for row in rows]), evaluate.interval(rows)
         half = 1.96 * (rate * (1 - rate) / independent) ** 0.5
         assert interval == pytest.approx([rate - half, rate + half], abs=0.01)
