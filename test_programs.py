@@ -560,7 +560,7 @@ def test_a_baseline_from_training_to_evaluation(method, data_set, tmp_path):
     assert [r["trials"] for r in filmed["results"]] == [r["trials"] for r in report["results"]]
     network = report["network"]
     assert report["results"][0]["policy"] == method and network["adapt_ms"] > 0 and network["step"] == 20
-    assert network["options"]["method"] == method and network["options"]["batch"] == 3
+    assert network["options"]["method"] == method and network["options"]["batch"] == 4
 
 
 def log_without_seconds(folder):
