@@ -47,6 +47,7 @@ class Settings:
     normalise_queries: bool = True  # paper (cosine similarity); the code left queries raw
     support_mean: str = "mean-norm"  # paper; code: "norm-mean-norm"
     negatives: str = "sentences"  # paper: other tasks' sentences; code: other tasks' "queries"
+    hinge_mean: str = "all"  # pairs of tasks over which the hinge is averaged: all, or "violated", those that violate the margin
     ends: str = "both"  # frames of a demonstration that are embedded: both, or for comparison "first" or "last" alone
 
     def __post_init__(self):
@@ -67,10 +68,11 @@ def sentence(f, support_mean="mean-norm"):
     return F.normalize(f.mean(-2), dim=-1)
 
 
-def embedding_loss(s_U, s_q, margin=0.1, negatives="sentences"):
+def embedding_loss(s_U, s_q, margin=0.1, negatives="sentences", hinge_mean="all"):
     """L_emb, a hinge on dot products, and the retrieval accuracy: s_U (B, E), s_q (B, Q, E) -> two scalars.
 
-    Mean over tasks j, other tasks i and queries of max(0, margin - s_q^j . s_U^j + s_q^j . s_U^i).
+    Mean over tasks j, other tasks i and queries of max(0, margin - s_q^j . s_U^j + s_q^j . s_U^i); with hinge_mean="violated"
+    over those where it is above 0, so that few pairs that look alike do not vanish among many that do not.
     With negatives="queries" (official code) the last term is s_q^i . s_U^j. Gradients flow through
     both sides. The accuracy is the share of (task, query) whose own product beats all negatives.
 
@@ -80,6 +82,7 @@ def embedding_loss(s_U, s_q, margin=0.1, negatives="sentences"):
     check("s_U", s_U, "float", "B", "E")
     check("s_q", s_q, "float", len(s_U), "Q", s_U.shape[1])
     check_choice("negatives", negatives)
+    check_choice("hinge_mean", hinge_mean)
     B = len(s_U)
     similarity = torch.einsum("jqe,ie->jqi", s_q, s_U)  # (B, Q, B): query of j, sentence of i
     positive = similarity.diagonal(dim1=0, dim2=2).T[..., None]  # (B, Q, 1)
@@ -87,7 +90,8 @@ def embedding_loss(s_U, s_q, margin=0.1, negatives="sentences"):
         similarity = similarity.transpose(0, 2)  # query of i, sentence of j
     other = ~torch.eye(B, dtype=torch.bool, device=s_U.device)[:, None]  # (B, 1, B)
     hinge = (margin - positive + similarity).clamp(min=0)
-    loss = (hinge * other).sum() / max(1, other.sum() * s_q.shape[1])
+    counted = other & (hinge > 0) if hinge_mean == "violated" else other.expand_as(hinge)
+    loss = (hinge * counted).sum() / max(1, counted.sum())
     accuracy = (positive > similarity.masked_fill(~other, -torch.inf)).all(-1).float().mean()
     return loss, accuracy
 
@@ -227,7 +231,7 @@ class TecNets(nn.Module):
         c, (f_U, f_q) = self.settings, (self._embeddings(batch[name], chunk) for name in ("frames_U", "frames_q"))
         s_U = sentence(f_U, c.support_mean)  # (B, E)
         s_q = F.normalize(f_q, dim=-1) if c.normalise_queries else f_q  # (B, Q, E)
-        return s_U, *embedding_loss(gathered(s_U), gathered(s_q), c.margin, c.negatives)
+        return s_U, *embedding_loss(gathered(s_U), gathered(s_q), c.margin, c.negatives, c.hinge_mean)
 
     def _embeddings(self, ends, chunk=None):
         """f_theta of (..., 2, H, W, 3) uint8 -> (..., E); with more than `chunk` demos backward computes activations again."""
@@ -355,7 +359,7 @@ def gathered(x):
 # What was given -------------------------------------------------------------------------------
 
 CHOICES = {"support_mean": ("mean-norm", "norm-mean-norm"), "negatives": ("sentences", "queries"),
-           "ends": ("both", "first", "last")}
+           "hinge_mean": ("all", "violated"), "ends": ("both", "first", "last")}
 
 
 def check_choice(name, value):

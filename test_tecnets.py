@@ -71,20 +71,23 @@ def test_embedding_loss_by_hand(negatives, normalise, loss, accuracy):
     assert got[0].item() == pytest.approx(loss) and got[1].item() == accuracy
 
 
-def looped_embedding_loss(s_U, s_q, margin, negatives):
+def looped_embedding_loss(s_U, s_q, margin, negatives, hinge_mean):
     B, Q = s_q.shape[:2]
     terms = [F.relu(margin - s_q[j, k] @ s_U[j] + (s_q[j, k] @ s_U[i] if negatives == "sentences" else s_q[i, k] @ s_U[j]))
              for j in range(B) for i in range(B) for k in range(Q) if i != j]
-    return torch.stack(terms).mean()
+    return torch.stack([term for term in terms if term > 0 or hinge_mean == "all"]).mean()
 
 
+@pytest.mark.parametrize("hinge_mean", ["all", "violated"])
 @pytest.mark.parametrize("negatives", ["sentences", "queries"])
-def test_embedding_loss_against_loops(negatives):
-    """Loss and its gradients to both sides."""
+def test_embedding_loss_against_loops(negatives, hinge_mean):
+    """Loss and its gradients to both sides; some pairs violate the margin, some do not."""
     g = torch.Generator().manual_seed(1)
     s = [torch.randn(*shape, generator=g, dtype=torch.float64, requires_grad=True) for shape in ((4, 3), (4, 2, 3))]
-    got, expected = embedding_loss(*s, 0.3, negatives)[0], looped_embedding_loss(*s, 0.3, negatives)
+    got, expected = (loss(*s, 0.3, negatives, hinge_mean) for loss in (embedding_loss, looped_embedding_loss))
+    got, all_mean = got[0], embedding_loss(*s, 0.3, negatives)[0]
     torch.testing.assert_close(got, expected)
+    assert (got > all_mean) == (hinge_mean == "violated")
     for ours, plain in zip(torch.autograd.grad(got, s), torch.autograd.grad(expected, s)):
         assert plain.abs().max() > 0
         torch.testing.assert_close(ours, plain)
@@ -143,7 +146,7 @@ def test_fast_first_convolution(size, with_sentence):
 
 
 LOSS_OPTIONS = [{}, dict(support_mean="norm-mean-norm", negatives="queries", margin=0.5, normalise_queries=False,
-                         lambda_emb=0.7, lambda_U=0.2, lambda_q=0.5)]
+                         hinge_mean="violated", lambda_emb=0.7, lambda_U=0.2, lambda_q=0.5)]
 
 
 @pytest.mark.parametrize("options", LOSS_OPTIONS)
@@ -154,7 +157,7 @@ def test_losses_by_loops(options):
     f_U, f_q = (torch.stack([model.embedding_net(demos) for demos in batch[name]]) for name in ("frames_U", "frames_q"))
     s_U = torch.stack([sentence(f, c.support_mean) for f in f_U])
     s_q = f_q / f_q.norm(dim=-1, keepdim=True) if c.normalise_queries else f_q
-    expected = {"loss_emb": looped_embedding_loss(s_U, s_q, c.margin, c.negatives)}
+    expected = {"loss_emb": looped_embedding_loss(s_U, s_q, c.margin, c.negatives, c.hinge_mean)}
     for i, name in enumerate(("loss_U", "loss_q")):
         expected[name] = torch.stack([
             (model.control_net(batch["images"][j:j + 1, i, m:m + 1], batch["states"][j:j + 1, i, m:m + 1], s_U[j:j + 1])

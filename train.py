@@ -40,7 +40,8 @@ CHECKPOINT_SECONDS = 60
 LOG_STEPS = 50
 
 # The methods: network, its settings, the defaults below that it changes, and the options that it has no use for.
-LOSS_OPTIONS = ("margin", "lambda_emb", "lambda_U", "lambda_q", "normalise_queries", "support_mean", "negatives", "ends")
+LOSS_OPTIONS = ("margin", "lambda_emb", "lambda_U", "lambda_q", "normalise_queries", "support_mean", "negatives", "hinge_mean",
+                "ends")
 METHODS = {
     "tecnets": (TecNets, tecnets.Settings, {}, ("demo_frames", "second_order")),
     "contextual": (baselines.Contextual, baselines.Settings, dict(batch=15, pairs=0, support=1, random_support=0, samples=8),
@@ -81,6 +82,8 @@ OPTIONS = {
     "normalise_queries": (number(int, 0, 1), 1, "1: cosine similarity (paper); 0: raw queries (official code)"),
     "support_mean": (choice(*CHOICES["support_mean"]), "mean-norm", "mean-norm (paper) or norm-mean-norm (official code)"),
     "negatives": (choice(*CHOICES["negatives"]), "sentences", "other tasks' sentences (paper) or queries (official code)"),
+    "hinge_mean": (choice(*CHOICES["hinge_mean"]), "violated", "pairs of tasks over which the hinge is averaged: all (paper), "
+                   "or violated, those that violate the margin"),
     "ends": (choice(*CHOICES["ends"]), "both", "frames that are embedded: both, first or last"),
     "second_order": (number(int, 0, 1), 1, "1: MIL's meta-gradient goes through the inner gradient; 0: first order, "
                      "which leaves its learned loss as it was drawn"),
@@ -97,7 +100,7 @@ CHANGEABLE = ("device", "data", "threads")  # when a run is resumed
 PRESETS = {
     "ours": {},
     "paper": dict(batch=64, support=5, random_support=0, query=5, samples=1, early=1.0, mirror=0, recolour=0, pairs=0, lr=5e-4,
-                  schedule="constant", steps=400_000, lambda_U=0.1, lambda_q=0.1),
+                  schedule="constant", steps=400_000, lambda_U=0.1, lambda_q=0.1, hinge_mean="all"),
     "smoke": dict(data="data/smoke", batch=8, support=2, query=2, minutes=1.0, validate_every=50,
                   validation_batches=2),
 }

@@ -5,7 +5,7 @@
 Every stored rate and interval is first computed again from its trial rows; a figure that differs stops the program.
 
 Directories: seedN holds a run of our recipe, with its log.jsonl and a folder for each evaluation; fast is a short run of
-our recipe and paper one of the paper's; methods/NAME and ablations/NAME hold one evaluation each. A table stands
+our recipe and paper one of the paper's; methods/NAME, recipe/NAME and ablations/NAME hold one evaluation each. A table stands
 between `<!-- NAME -->` and `<!-- end -->`.
 """
 import json
@@ -107,8 +107,13 @@ def every_seed(seeds):
 
 def both(result):
     """The scenes where the trials of both tasks of a pair, which differ in the demonstration only, passed."""
-    passed = {(row["task"], row["trial"]) for row in result["trials"] if row["success"]}
-    return f"{sum((task ^ 1, trial) in passed for task, trial in passed) // 2} of {result['n_trials'] // 2}"
+    found = passed(result)
+    return f"{sum((task ^ 1, trial) in found for task, trial in found) // 2} of {result['n_trials'] // 2}"
+
+
+def passed(result):
+    """The (task, trial) that succeeded."""
+    return {(row["task"], row["trial"]) for row in result["trials"] if row["success"]}
 
 
 def methods(folders):
@@ -122,19 +127,24 @@ def methods(folders):
     return grid(*rows)
 
 
-def ablations(folders):
-    """One-shot evaluations; a row is named after the training options that differ from those of `reference`."""
-    rows = [("", "success [95 % interval]", *MEASURES, "steps", "training")]
-    recipe = load(HERE / "ablations" / "reference")["network"]["options"]
-    for folder in sorted(folders, key=lambda folder: folder.name != "reference"):
+def one_change(parent):
+    """A row for each one-shot evaluation in a folder, named after the training options that differ from those of `reference`."""
+    rows = [("", "success [95 % interval]", "lost, won", *MEASURES, "both of a pair", "control loss, retrieval", "steps", "training")]
+    recipe = load(parent / "reference")
+    recipe, expected = recipe["network"]["options"], passed(recipe["results"][0])
+    for folder in sorted((path.parent for path in parent.glob("*/results.json")), key=lambda folder: folder.name != "reference"):
         report = load(folder)
-        options = report["network"]["options"]
-        changed = [f"--{name.replace('_', '-')} {value:g}" if isinstance(value, float) else f"--{name.replace('_', '-')} {value}"
-                   for name, value in options.items() if value != recipe.get(name)]
+        result, network = report["results"][0], report["network"]
+        changed = [f"--{name.replace('_', '-')} {f'{value:g}' if isinstance(value, float) else value}"
+                   for name, value in network["options"].items() if value != recipe.get(name) and not name.startswith("valid")]
         if bool(changed) == (folder.name == "reference"):
             raise SystemExit(f"{folder}: its training options differ from those of `reference` by {changed or 'nothing'}")
-        name = f"`{' '.join(changed)}`" if changed else "our recipe"
-        rows.append((name, percent(report["results"][0]), *measures(report["results"][0]), *length(report["network"])))
+        name, found = f"`{' '.join(changed)}`" if changed else "`reference`", passed(result)
+        against = f"{len(expected - found)}, {len(found - expected)}" if changed else ""
+        log = (folder / "log.jsonl").read_text().splitlines() if (folder / "log.jsonl").exists() else []
+        last = [row for row in map(json.loads, log) if "val_loss_q" in row][-1:]
+        validation = "".join(f"{row['val_loss_q']:.4f}, {100 * row['val_accuracy']:.1f} %" for row in last)
+        rows.append((name, percent(result), against, *measures(result), both(result), validation, *length(network)))
     return grid(*rows)
 
 
@@ -217,10 +227,10 @@ def fill(text, tables):
 
 def filled():
     """{path: its text with all tables filled} of both READMEs."""
-    compared = [sorted(path.parent for path in (HERE / name).glob("*/results.json")) for name in ("methods", "ablations")]
+    compared = sorted(path.parent for path in (HERE / "methods").glob("*/results.json"))
     tables = {HERE.parent / "README.md": {"results": results(SEEDS)},
               HERE / "README.md": {
-                  "seeds": every_seed(SEEDS), "methods": methods(compared[0]), "ablations": ablations(compared[1]),
+                  "seeds": every_seed(SEEDS), "methods": methods(compared), "recipe": one_change(HERE / "recipe"), "ablations": one_change(HERE / "ablations"),
                   "short": short_runs(load(HERE / "fast" / "val"), load(HERE / "paper" / "val")),
                   "map": sentences(json.loads((SEEDS[0] / "embedding-map.png.json").read_text())),
                   "costs": costs(json.loads((HERE / "benchmark.json").read_text())),
