@@ -132,7 +132,8 @@ def one_change(parent):
     rows = [("", "success [95 % interval]", "lost, won", *MEASURES, "both of a pair", "control loss, retrieval", "steps", "training")]
     recipe = load(parent / "reference")
     recipe, expected = recipe["network"]["options"], passed(recipe["results"][0])
-    for folder in sorted((path.parent for path in parent.glob("*/results.json")), key=lambda folder: folder.name != "reference"):
+    folders = sorted(path.parent for path in parent.glob("*/results.json"))
+    for folder in sorted(folders, key=lambda folder: folder.name != "reference"):
         report = load(folder)
         result, network = report["results"][0], report["network"]
         changed = [f"--{name.replace('_', '-')} {f'{value:g}' if isinstance(value, float) else value}"
