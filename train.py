@@ -60,7 +60,7 @@ OPTIONS = {
     "val_tasks": (number(int, 1), None, "validation tasks to use (default: all)"),
     "minutes": (number(float, 0.1), 60.0, "training time, turned into a number of steps by a calibration"),
     "steps": (number(int, 20), None, "number of steps, in place of --minutes"),
-    "batch": (number(int, 2, 10_000), 32, "B, tasks a step"),
+    "batch": (number(int, 2, 10_000), 16, "B, tasks a step"),
     "support": (number(int, 1, 1000), 5, "K, support demos a task"),
     "random_support": (number(int, 0, 1), 1, "1: every step draws its K from 1 to --support"),
     "query": (number(int, 1, 1000), 1, "Q, query demos a task"),
