@@ -77,7 +77,7 @@ OPTIONS = {
     "schedule": (choice("one-cycle", "constant"), "one-cycle", "of the learning rate: one-cycle or constant"),
     "margin": (number(float, 0), 0.1, "of the embedding loss"),
     "lambda_emb": (number(float, 0), 1.0, "weight of the embedding loss"),
-    "lambda_U": (number(float, 0), 0.2, "weight of the support's control loss"),
+    "lambda_U": (number(float, 0), 1.0, "weight of the support's control loss"),
     "lambda_q": (number(float, 0), 1.0, "weight of the query's control loss"),
     "normalise_queries": (number(int, 0, 1), 1, "1: cosine similarity (paper); 0: raw queries (official code)"),
     "support_mean": (choice(*CHOICES["support_mean"]), "mean-norm", "mean-norm (paper) or norm-mean-norm (official code)"),
