@@ -285,7 +285,7 @@ def test_other_packages_are_one_warning(data_set, tmp_path, capsys, monkeypatch)
 
 # Several processes ----------------------------------------------------------------------------
 
-METHOD_SETTINGS = [("tecnets", {}), ("tecnets", dict(negatives="queries", lambda_U=0.3)), ("contextual", {}), ("lstm", {}),
+METHOD_SETTINGS = [("tecnets", {}), ("tecnets", dict(negatives="queries", hinge_mean="violated", lambda_U=0.3)), ("contextual", {}), ("lstm", {}),
                    ("mil", {})]
 
 
@@ -611,6 +611,16 @@ def test_training_goes_on_from_given_weights(data_set, trained, tmp_path, monkey
     assert start_run(data_set, "anew", "--seed", 1).model.state_dict().keys() == weights.state_dict().keys()
     run("train.py", "--name", "tuned", "--resume", cwd=tmp_path)
     assert train.load_checkpoint(tmp_path / "runs" / "tuned" / "last.pt")["step"] == 60
+
+
+def test_options_that_an_older_program_lacked(trained, tmp_path):
+    """Its checkpoint loads with what it did, which need not be what is done by default today."""
+    older = train.load_checkpoint(trained / "last.pt")
+    assert older["options"]["hinge_mean"] == "violated" and older["options"]["pairs"] == 1
+    older["options"] = {name: value for name, value in older["options"].items() if name not in ("hinge_mean", "pairs")}
+    common.write_checked(tmp_path / "older.pt", lambda file: torch.save(older, file))
+    options = train.load_checkpoint(tmp_path / "older.pt")["options"]
+    assert options["hinge_mean"] == "all" and options["pairs"] == 0
 
 
 def test_killed_training_equals_uninterrupted(data_set, trained, tmp_path):

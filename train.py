@@ -95,6 +95,7 @@ OPTIONS = {
     "device": (choice("cpu", "cuda"), "cpu", "cpu or cuda"),
 }
 DEFAULTS = {name: default for name, (_, default, _) in OPTIONS.items()}
+BEFORE = dict(recolour=0, pairs=0, hinge_mean="all")  # what programs did that lacked these options
 SMOKE_DATA = {"tasks": {"train": 16, "val": 4, "test": 4}, "demos": 6, "seed": 0}
 CHANGEABLE = ("device", "data", "threads")  # when a run is resumed
 PRESETS = {
@@ -176,7 +177,7 @@ def load_checkpoint(path, device="cpu", content=None):
         content = Path(path).read_bytes() if content is None else content
         checkpoint = torch.load(io.BytesIO(checked(content)), map_location=device, weights_only=True)
         version = checkpoint["format"]
-        checkpoint["options"] = {**DEFAULTS, **checkpoint["options"]}  # an older program had fewer
+        checkpoint["options"] = {**DEFAULTS, **BEFORE, **checkpoint["options"]}
         for name, (kind, default, _) in OPTIONS.items():
             if checkpoint["options"][name] != default:
                 kind(str(checkpoint["options"][name]))  # raises if it is not what the program admits
