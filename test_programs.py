@@ -285,8 +285,8 @@ def test_other_packages_are_one_warning(data_set, tmp_path, capsys, monkeypatch)
 
 # Several processes ----------------------------------------------------------------------------
 
-METHOD_SETTINGS = [("tecnets", {}), ("tecnets", dict(negatives="queries", hinge_mean="violated", lambda_U=0.3)), ("contextual", {}), ("lstm", {}),
-                   ("mil", {})]
+METHOD_SETTINGS = [("tecnets", {}), ("tecnets", dict(negatives="queries", hinge_mean="violated", lambda_U=0.3)),
+                   ("contextual", {}), ("lstm", {}), ("mil", {})]
 
 
 def gradients_of_a_share(store=None, rank=0):
