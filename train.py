@@ -54,7 +54,7 @@ METHODS = {
 # Every hyper-parameter: type, default (our recipe for two cores), help.
 OPTIONS = {
     "method": (choice(*METHODS), "tecnets", f"one of {', '.join(METHODS)}; the baselines change the defaults of --batch, "
-               "--support, --random-support, --samples, --demo-frames and --bfloat16"),
+               "--pairs, --support, --random-support, --samples, --demo-frames and --bfloat16"),
     "data": (str, "data/push", "folder of the data set, made when absent"),
     "tasks": (number(int, 1), None, "training tasks to use (default: all)"),
     "val_tasks": (number(int, 1), None, "validation tasks to use (default: all)"),
