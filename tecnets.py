@@ -47,7 +47,7 @@ class Settings:
     normalise_queries: bool = True  # paper (cosine similarity); the code left queries raw
     support_mean: str = "mean-norm"  # paper; code: "norm-mean-norm"
     negatives: str = "sentences"  # paper: other tasks' sentences; code: other tasks' "queries"
-    hinge_mean: str = "all"  # pairs of tasks over which the hinge is averaged: all, or "violated", those that violate the margin
+    hinge_mean: str = "all"  # pairs of tasks over which the hinge is averaged: all (paper), or "violated", where it is above 0
     ends: str = "both"  # frames of a demonstration that are embedded: both, or for comparison "first" or "last" alone
 
     def __post_init__(self):
@@ -90,7 +90,7 @@ def embedding_loss(s_U, s_q, margin=0.1, negatives="sentences", hinge_mean="all"
         similarity = similarity.transpose(0, 2)  # query of i, sentence of j
     other = ~torch.eye(B, dtype=torch.bool, device=s_U.device)[:, None]  # (B, 1, B)
     hinge = (margin - positive + similarity).clamp(min=0)
-    counted = other & (hinge > 0) if hinge_mean == "violated" else other.expand_as(hinge)
+    counted = other & ((hinge > 0) | (hinge_mean == "all"))  # (B, Q, B)
     loss = (hinge * counted).sum() / max(1, counted.sum())
     accuracy = (positive > similarity.masked_fill(~other, -torch.inf)).all(-1).float().mean()
     return loss, accuracy

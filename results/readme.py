@@ -5,8 +5,8 @@
 Every stored rate and interval is first computed again from its trial rows; a figure that differs stops the program.
 
 Directories: seedN holds a run of our recipe, with its log.jsonl and a folder for each evaluation; fast is a short run of
-our recipe and paper one of the paper's; methods/NAME, recipe/NAME and ablations/NAME hold one evaluation each. A table stands
-between `<!-- NAME -->` and `<!-- end -->`.
+our recipe and paper one of the paper's; methods/NAME holds one evaluation, recipe/NAME and ablations/NAME one and the run's
+log. A table stands between `<!-- NAME -->` and `<!-- end -->`.
 """
 import json
 import math
@@ -142,9 +142,9 @@ def one_change(parent):
             raise SystemExit(f"{folder}: its training options differ from those of `reference` by {changed or 'nothing'}")
         name, found = f"`{' '.join(changed)}`" if changed else "`reference`", passed(result)
         against = f"{len(expected - found)}, {len(found - expected)}" if changed else ""
-        log = (folder / "log.jsonl").read_text().splitlines() if (folder / "log.jsonl").exists() else []
-        last = [row for row in map(json.loads, log) if "val_loss_q" in row][-1:]
-        validation = "".join(f"{row['val_loss_q']:.4f}, {100 * row['val_accuracy']:.1f} %" for row in last)
+        log = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+        last = [row for row in log if "val_loss_q" in row][-1]
+        validation = f"{last['val_loss_q']:.4f}, {100 * last['val_accuracy']:.1f} %"
         rows.append((name, percent(result), against, *measures(result), both(result), validation, *length(network)))
     return grid(*rows)
 
