@@ -701,6 +701,14 @@ def children(pid):
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+def running(pid):
+    """Whether there is such a process, and not only its remains, whose command line is empty."""
+    try:
+        return bool(Path(f"/proc/{pid}/cmdline").read_bytes())
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 @pytest.mark.parametrize("signal_", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_workers_end_with_their_parent(signal_, tmp_path):
     with program("data.py", "--out", tmp_path / "d", "--workers", "2", stderr=subprocess.PIPE) as process:
@@ -709,9 +717,10 @@ def test_workers_end_with_their_parent(signal_, tmp_path):
             time.sleep(0.1)
             assert process.poll() is None and time.monotonic() < start + 60
         time.sleep(2)
+        assert all(map(running, workers))
         process.send_signal(signal_)
         start = time.monotonic()
-        while any(Path(f"/proc/{pid}/fd").exists() and Path(f"/proc/{pid}/cmdline").read_bytes() for pid in workers):
+        while any(map(running, workers)):
             assert time.monotonic() < start + 5
             time.sleep(0.1)
         assert process.wait(5) == (-signal_ if signal_ == signal.SIGKILL else 128 + signal_)
