@@ -206,7 +206,7 @@ def learning_curves(path, seeds, width=900, height=420, margin=60):
     for loss in (0.3, 0.1, 0.03, 0.01, 0.005):
         draw.line([at(0, loss), at(steps, loss)], "#dddddd")
         draw.text((margin - 8, at(0, loss)[1]), f"{loss:g}", "black", font, "rm")
-    for step in range(0, steps + 1, 2500):
+    for step in range(0, steps + 1, 5000):
         draw.text((at(step, 0.005)[0], height - margin + 8), f"{step:,}", "black", font, "mt")
     draw.text((width / 2, height - 22), "steps", "black", font, "mt")
     for colour, key, label, place in (("#9ab8dd", "loss_q", "training tasks", 0), ("#c0392b", "val_loss_q", "validation tasks", 20)):
