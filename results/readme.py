@@ -80,8 +80,6 @@ def results(seeds):
             reports = [load(seed / "test")["results"] for seed in seeds]
             cells = ["**" + over_seeds([report[i]["success_rate"] for report in reports]) + "**" for i in (0, 1)]
             trials = f"{len(seeds)} seed{'s' * (len(seeds) > 1)} x {reports[0][0]['n_trials']}"
-        elif not (seeds[0] / policy).exists():  # not measured yet
-            continue
         else:
             result = load(seeds[0] / policy)["results"][0]
             cells, trials = [percent(result), ""], str(result["n_trials"])
@@ -93,13 +91,13 @@ def every_seed(seeds):
     rows = [("seed", "shots", "success [95 % interval]", *MEASURES, "both of a pair", "validation, 1 shot", "steps", "training")]
     for seed in seeds:
         report = load(seed / "test")
-        validation = percent(load(seed / "val")["results"][0]) if (seed / "val").exists() else ""
+        validation = percent(load(seed / "val")["results"][0])
         log = [json.loads(line) for line in (seed / "log.jsonl").read_text().splitlines()]
         last = [row for row in log if "seconds" in row][-1]
         for result in report["results"]:
             rows.append((seed.name.removeprefix("seed"), str(result["shots"]), percent(result), *measures(result),
                          both(result), validation, *length(last)))
-    for policy in (policy for policy in ("no-demo", "expert", "random") if (seeds[0] / policy).exists()):
+    for policy in ("no-demo", "expert", "random"):
         result = load(seeds[0] / policy)["results"][0]
         rows.append((f"`{policy}`", "", percent(result), *measures(result), both(result), "", "", ""))
     return grid(*rows)
