@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from common import (TEMPORARY, Parser, UserError, command, cores, installed_packages, launched, locked, number, parallel, progress,
                     read_arrays, say, share, warn_of_packages, write_atomically, write_checked)
@@ -315,14 +316,23 @@ class TaskSet:
         return states.mean(0).astype(np.float32), np.maximum(states.std(0), STATE_STD_FLOOR).astype(np.float32)
 
 
+def turn_hue(frames, angle):
+    """Frames (..., W, 3) uint8 with all colours turned by `angle` radians about the axis of greys, which stay as they are."""
+    c, s = math.cos(angle), math.sin(angle) / math.sqrt(3)
+    same, next_, last = (1 + 2 * c) / 3, (1 - c) / 3 - s, (1 - c) / 3 + s  # Rodrigues' rotation about (1, 1, 1)
+    matrix = (same, next_, last, 0, last, same, next_, 0, next_, last, same, 0)
+    picture = Image.fromarray(frames.reshape(-1, *frames.shape[-2:])).convert("RGB", matrix)  # cuts what leaves 0 to 255
+    return np.asarray(picture).reshape(frames.shape)
+
+
 class TaskLoader:
     """An endless iterator of few-shot batches; batch i depends on (seed, i) only.
 
     A batch has B different tasks; of each K support and Q query demos, all different, and F control samples of each
     of the two sets, every one at a random time of a random demo of its set: T u^early with a uniform u, so early = 1
     is uniform and more favours a demo's beginning. With `random_support` every batch draws its K from 1 to the K given.
-    With `mirror` half of the tasks are seen in a mirror, with `recolour` half of them with green and blue exchanged, all
-    their demos alike. With `pairs` tasks 2k and 2k + 1, which show the same objects in exchanged roles, are drawn together
+    With `mirror` half of the tasks are seen in a mirror, with `recolour` half of them with green and blue exchanged, and all
+    of them with their hues turned by up to `hue` radians, all demos of a task alike. With `pairs` tasks 2k and 2k + 1, which show the same objects in exchanged roles, are drawn together
     and seen alike: a batch in which no task has its partner hardly teaches to tell the two apart. The last of an odd number
     of tasks is then never drawn. Of N processes that have a `share` (i, N) each, the i-th gets the i-th part of every
     batch's tasks.
@@ -330,16 +340,19 @@ class TaskLoader:
     It is a dict of uint8 and float32 arrays, U for support and q for query, before one another on axis 1 where both
     are in one, and n the `demo_frames` of a support demo, evenly spaced: `frames_U` (B, K, n, H, W, 3), `frames_q`
     (B, Q, 2, H, W, 3), `images` (B, 2, F, H, W, 3), `states` (B, 2, F, S), `actions` (B, 2, F, A). What was drawn is
-    told by `tasks` (B,), `mirrored` (B,), `recoloured` (B,), `demos` (B, K + Q), `control_demos` (B, 2, F) and `times` (B, 2, F).
+    told by `tasks` (B,), `mirrored` (B,), `recoloured` (B,), `hues` (B,), `demos` (B, K + Q), `control_demos` (B, 2, F) and
+    `times` (B, 2, F).
     Batches are prepared ahead on background `threads`, at most two more than there are threads. Raises UserError if
     B or K + Q are too many, ValueError for numbers that make no sense.
     """
 
     def __init__(self, task_set, B, K, Q, F, seed, early=1.0, random_support=False, mirror=False, recolour=False,
-                 pairs=False, demo_frames=2, threads=1, share=(0, 1)):
+                 hue=0.0, pairs=False, demo_frames=2, threads=1, share=(0, 1)):
         for name, value in dict(B=B, K=K, Q=Q, F=F, early=early, threads=threads).items():
             if (value if name == "early" else operator.index(value)) < 1 or not math.isfinite(value):
                 raise ValueError(f"{name} is a number from 1 on, not {value}")
+        if not 0 <= hue <= math.pi:
+            raise ValueError(f"hue is an angle from 0 to pi, not {hue}")
         self.demo_times = evenly_spaced(task_set.horizon, demo_frames)
         if B > task_set.n_tasks:
             raise UserError(f"a batch of {B} tasks needs as many, there are {task_set.n_tasks}: lower --batch, or take more tasks")
@@ -356,7 +369,8 @@ class TaskLoader:
         if pairs and B % 2:
             raise UserError(f"a batch of {B} tasks has no whole pairs: choose an even --batch, or use --pairs 0")
         self.task_set, self.B, self.K, self.Q, self.F, self.seed, self.early = task_set, B, K, Q, F, seed, early
-        self.random_support, self.mirror, self.recolour, self.group = random_support, mirror, recolour, 2 if pairs else 1
+        self.random_support, self.mirror, self.recolour, self.hue = random_support, mirror, recolour, hue
+        self.group = 2 if pairs else 1
         self.share = slice(*(B * (share[0] + i) // share[1] for i in (0, 1)))
         self.position = 0
         self._pool, self._ahead, self._queue = ThreadPoolExecutor(threads), threads + 2, collections.deque()
@@ -375,8 +389,9 @@ class TaskLoader:
         picks = np.stack([rng.integers(0, K, (B, F)), rng.integers(K, K + Q, (B, F))], 1)  # (B, 2, F)
         control_demos = np.take_along_axis(demos[:, None], picks, 2)  # (B, 2, F)
         times = (data.horizon * rng.random((B, 2, F)) ** self.early).astype(int)
-        tasks, mirrored, recoloured, demos, control_demos, times = (
-            drawn[self.share] for drawn in (tasks, mirrored, recoloured, demos, control_demos, times))
+        hues = np.repeat(rng.uniform(-self.hue, self.hue, groups), self.group)
+        tasks, mirrored, recoloured, hues, demos, control_demos, times = (
+            drawn[self.share] for drawn in (tasks, mirrored, recoloured, hues, demos, control_demos, times))
         at = tasks[:, None, None], control_demos, times
         if len(self.demo_times) == 2:
             frames_U = data.ends[tasks[:, None], demos[:, :K]]
@@ -390,9 +405,11 @@ class TaskLoader:
             frames = batch[name][recoloured]
             frames[..., 1], frames[..., 2] = frames[..., 2].copy(), frames[..., 1].copy()
             batch[name][recoloured] = frames
+            for task in hues.nonzero()[0]:
+                batch[name][task] = turn_hue(batch[name][task], hues[task])
         for name in ("states", "actions") if self.mirror else ():
             batch[name][mirrored] *= data.mirror[name]
-        return {**batch, "tasks": tasks, "mirrored": mirrored, "recoloured": recoloured, "demos": demos,
+        return {**batch, "tasks": tasks, "mirrored": mirrored, "recoloured": recoloured, "hues": hues, "demos": demos,
                 "control_demos": control_demos, "times": times}
 
     def __iter__(self):

@@ -851,13 +851,30 @@ def test_recoloured_batches(tasks):
         assert (changed[name] == expected).all()
 
 
+def test_turned_hues(tasks):
+    """A third of a turn moves every channel to the next one, greys stay; batches turn each task's frames alike, nothing else."""
+    frames = np.random.default_rng(0).integers(0, 256, (2, 3, 5, 7, 3), np.uint8)
+    assert np.abs(data.turn_hue(frames, 2 * np.pi / 3) - frames[..., [2, 0, 1]].astype(float)).max() <= 1
+    greys = np.repeat(frames[..., :1], 3, -1)
+    assert np.abs(data.turn_hue(greys, 0.4) - greys.astype(float)).max() <= 1
+    plain, turned = (data.TaskLoader(tasks, B=4, K=1, Q=1, F=2, seed=0, hue=hue).batch(1) for hue in (0, 0.6))
+    assert not plain["hues"].any() and len(set(turned["hues"])) == 4 and 0 < np.abs(turned["hues"]).max() <= 0.6
+    for name in plain.keys() - {"hues"}:
+        for i, expected in enumerate(plain[name]):
+            if expected.dtype == np.uint8:
+                expected = data.turn_hue(expected, turned["hues"][i])
+            assert (turned[name][i] == expected).all()
+    with pytest.raises(ValueError, match="angle"):
+        data.TaskLoader(tasks, B=2, K=1, Q=1, F=1, seed=0, hue=-1)
+
+
 def test_batches_of_pairs(tasks):
     """Every task comes with its partner, both seen alike; all pairs come."""
-    loader, seen = data.TaskLoader(tasks, B=2, K=1, Q=1, F=1, seed=0, mirror=True, recolour=True, pairs=True), set()
+    loader, seen = data.TaskLoader(tasks, B=2, K=1, Q=1, F=1, seed=0, mirror=True, recolour=True, hue=0.6, pairs=True), set()
     for position in range(20):
         batch = loader.batch(position)
         assert batch["tasks"][0] % 2 == 0 and batch["tasks"][1] == batch["tasks"][0] + 1
-        assert all(batch[name][0] == batch[name][1] for name in ("mirrored", "recoloured"))
+        assert all(batch[name][0] == batch[name][1] for name in ("mirrored", "recoloured", "hues"))
         seen.add((*batch["tasks"].tolist(), bool(batch["mirrored"][0]), bool(batch["recoloured"][0])))
     assert len(seen) == 8
     with pytest.raises(data.UserError, match="whole pairs"):

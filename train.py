@@ -69,6 +69,7 @@ OPTIONS = {
     "mirror": (number(int, 0, 1), None, "1: half of the tasks are seen in a mirror (default: where the data tell how)"),
     "recolour": (number(int, 0, 1), None, "1: half of the tasks are seen with green and blue exchanged (default: where the data "
                  "allow it)"),
+    "hue": (number(float, 0, 3.14), 0.6, "radians by which the colours of a task are turned at most, at random"),
     "pairs": (number(int, 0, 1), None, "1: tasks of the same objects are drawn together (default: where the data have pairs)"),
     "demo_frames": (number(int, 2), 2, "frames of a demonstration that lstm and mil read, evenly spaced"),
     "chunk": (number(int, 1), 256, "images a backward pass holds in memory"),
@@ -95,12 +96,12 @@ OPTIONS = {
     "device": (choice("cpu", "cuda"), "cpu", "cpu or cuda"),
 }
 DEFAULTS = {name: default for name, (_, default, _) in OPTIONS.items()}
-BEFORE = dict(recolour=0, pairs=0, hinge_mean="all")  # what programs did that lacked these options
+BEFORE = dict(recolour=0, hue=0.0, pairs=0, hinge_mean="all")  # what programs did that lacked these options
 SMOKE_DATA = {"tasks": {"train": 16, "val": 4, "test": 4}, "demos": 6, "seed": 0}
 CHANGEABLE = ("device", "data", "threads")  # when a run is resumed
 PRESETS = {
     "ours": {},
-    "paper": dict(batch=64, support=5, random_support=0, query=5, samples=1, early=1.0, mirror=0, recolour=0, pairs=0, lr=5e-4,
+    "paper": dict(batch=64, support=5, random_support=0, query=5, samples=1, early=1.0, mirror=0, recolour=0, hue=0.0, pairs=0, lr=5e-4,
                   schedule="constant", steps=400_000, lambda_U=0.1, lambda_q=0.1, hinge_mean="all"),
     "smoke": dict(data="data/smoke", batch=8, support=2, query=2, minutes=1.0, validate_every=50,
                   validation_batches=2),
@@ -290,8 +291,8 @@ class Run:
             raise UserError(f"--demo-frames {options['demo_frames']}: a demonstration has {task_set.horizon} frames")
         sizes = [options[name] for name in ("support", "query", "samples")]
         self.loader = TaskLoader(task_set, options["batch"], *sizes, options["seed"], options["early"],
-                                 *(bool(options[name]) for name in ("random_support", "mirror", "recolour", "pairs")),
-                                 options["demo_frames"], options["threads"], launched()[:2])
+                                 *(bool(options[name]) for name in ("random_support", "mirror", "recolour")), options["hue"],
+                                 bool(options["pairs"]), options["demo_frames"], options["threads"], launched()[:2])
         B = min(options["batch"], val_set.n_tasks)
         self.val_loader = TaskLoader(val_set, B, 1, *sizes[1:], seed=0, pairs=self.manifest["pairs"] and B % 2 == 0,  # one shot
                                      demo_frames=options["demo_frames"])
