@@ -595,6 +595,18 @@ def test_interrupted_training_equals_uninterrupted(data_set, trained, tmp_path, 
     assert_same_run(tmp_path / "runs" / "cut", trained)
 
 
+def test_weights_are_kept_along_the_run(data_set, trained, tmp_path, monkeypatch):
+    """They are small and load by themselves; those of the last step are last.pt's."""
+    monkeypatch.chdir(tmp_path)
+    job = start_run(data_set, "kept", "--keep", 3)
+    job.train(stop=lambda: job.step == 45)
+    assert sorted(path.name for path in job.folder.glob("step-*.pt")) == ["step-20.pt", "step-40.pt"]
+    assert train.load_checkpoint(job.folder / "step-40.pt")["step"] == 40
+    last, kept = (train.load_model(trained / name)[0].state_dict() for name in ("last.pt", "step-60.pt"))
+    assert all(torch.equal(last[name], kept[name]) for name in last) and not list(trained.glob("step-[!6]*"))
+    assert (trained / "step-60.pt").stat().st_size < (trained / "last.pt").stat().st_size / 2.5
+
+
 def test_training_goes_on_from_given_weights(data_set, trained, tmp_path, monkeypatch):
     """--init starts a run of its own, whose first loss is that of the weights; the seed may be another."""
     monkeypatch.chdir(tmp_path)

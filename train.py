@@ -5,8 +5,9 @@
     python train.py --resume --name ours
     python train.py --init results/weights.pt --data data/mine --lr 1e-4   # fine-tune
 
-writes runs/NAME/log.jsonl, last.pt and best.pt (lowest control loss on validation tasks). An
-interrupted run goes on with `--resume` to the same numbers as an uninterrupted one.
+writes runs/NAME/log.jsonl, last.pt, best.pt (lowest control loss on validation tasks) and weights alone, to be kept or
+shipped: step-N.pt, of the last step and of others with `--keep`. An interrupted run goes on with `--resume` to the same
+numbers as an uninterrupted one.
 
 `torchrun --nproc-per-node N train.py ...` shares every batch's tasks among N processes (and GPUs):
 the same numbers up to the order of summation. srun and mpirun do as well, with MASTER_ADDR and MASTER_PORT set.
@@ -17,6 +18,7 @@ import ctypes
 import datetime
 import io
 import json
+import math
 import signal
 import statistics
 import time
@@ -90,6 +92,7 @@ OPTIONS = {
                      "which leaves its learned loss as it was drawn"),
     "validate_every": (number(int, 1), 500, "steps between validations"),
     "validation_batches": (number(int, 1), 8, "batches of a validation"),
+    "keep": (number(int, 1, 1000), 1, "times, evenly spaced, at which the weights are kept, the last one being the last step"),
     "seed": (number(int, 0), 0, "of the weights and the batches"),
     "bfloat16": (number(int, 0, 1), None, "1: networks in bfloat16 (default where the processor has it; Intel's without AMX "
                  "are faster at 0)"),
@@ -320,13 +323,15 @@ class Run:
         add_up([steps])  # the first process's
         return int(steps)
 
-    def save(self, name):
+    def save(self, name, weights_only=False):
         if not self.is_first:
             return
         state = {"format": FORMAT, "options": self.options, "manifest": self.manifest, "packages": installed_packages(),
                  "settings": vars(self.model.settings), "step": self.step, "steps": self.steps, "seconds": self.seconds,
-                 "best": self.best, "log": self.log, "recent_losses": self.recent_losses, "generator": torch.get_rng_state(),
-                 **{name: getattr(self, name).state_dict() for name in ("model", "optimiser", "scheduler", "loader")}}
+                 "model": self.model.state_dict()}
+        if not weights_only:
+            state |= {"best": self.best, "log": self.log, "recent_losses": self.recent_losses, "generator": torch.get_rng_state(),
+                      **{name: getattr(self, name).state_dict() for name in ("optimiser", "scheduler", "loader")}}
         write_checked(self.folder / name, lambda file: torch.save(state, file))
         lines = "".join(json.dumps(row) + "\n" for row in self.log)
         write_atomically(self.folder / "log.jsonl", lambda file: file.write(lines.encode()))
@@ -351,6 +356,7 @@ class Run:
             return stops
 
         began, saved = time.monotonic() - self.seconds, time.monotonic()
+        kept = {math.ceil(self.steps * (i + 1) / self.options["keep"]) for i in range(self.options["keep"])}
         while self.step < self.steps and not agreed():
             losses = self.model.backward(to_tensors(next(self.loader), self.options["device"]), self.options["chunk"])
             add_up([*(p.grad for p in self.model.parameters() if p.grad is not None), *losses.values()])
@@ -377,6 +383,8 @@ class Run:
                     self.best = values["val_loss_q"]
                     self.save("best.pt")
                 saved = 0
+            if self.step in kept:
+                self.save(f"step-{self.step}.pt", weights_only=True)
             if time.monotonic() - saved > CHECKPOINT_SECONDS:
                 self.save("last.pt")
                 saved = time.monotonic()
