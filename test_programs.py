@@ -595,6 +595,25 @@ def test_interrupted_training_equals_uninterrupted(data_set, trained, tmp_path, 
     assert_same_run(tmp_path / "runs" / "cut", trained)
 
 
+@pytest.mark.parametrize("method", train.METHODS)
+def test_validation_tells_whether_demonstrations_count(method, data_set):
+    """The loss with the partner's demonstrations; a network that does not heed them has the same with its own."""
+    tasks = data.TaskSet(data_set, "val")
+    network, settings, changed, _ = train.METHODS[method]
+    torch.manual_seed(0)
+    model = network(settings(), *tasks.state_statistics())
+    loader = data.TaskLoader(tasks, B=2, K=1, Q=1, F=2, seed=0, pairs=True, demo_frames=changed.get("demo_frames", 2))
+    options = {"validation_batches": 1, "device": "cpu", "method": method}
+    values, batch = train.validate(model, loader, options), train.to_tensors(loader.batch(0), "cpu")
+    own, partners = (model.embed(batch["frames_U"][order]) for order in ([0, 1], [1, 0]))
+    for name, context in (("val_loss_q", own), ("val_loss_partner", partners)):
+        prediction = model.predict(batch["images"][:, 1], batch["states"][:, 1], context)
+        assert values[name] == pytest.approx((prediction - batch["actions"][:, 1]).square().mean().item(), rel=1e-4)
+    model.embed = lambda frames: partners[0].expand(*frames.shape[:-5], *partners.shape[1:])
+    values = train.validate(model, loader, options)
+    assert values["val_loss_q"] == values["val_loss_partner"]
+
+
 def test_weights_are_kept_along_the_run(data_set, trained, tmp_path, monkeypatch):
     """They are small and load by themselves; those of the last step are last.pt's."""
     monkeypatch.chdir(tmp_path)

@@ -236,13 +236,17 @@ def open_data(options):
 
 @torch.no_grad()
 def validate(model, loader, options):
-    """Mean control loss on query demos, and TecNets' retrieval accuracy, over the first batches of `loader`."""
+    """Means over the first batches of `loader`: the control loss on query demos; where tasks come in pairs, the same with the
+    partner's demonstrations, which is no higher where a network does not heed them; and TecNets' retrieval accuracy."""
     rows = []
     for position in range(options["validation_batches"]):
         batch = to_tensors(loader.batch(position), options["device"])
         s_U = model.embed(batch["frames_U"])
-        prediction = model.predict(batch["images"][:, 1], batch["states"][:, 1], s_U)
-        rows.append({"val_loss_q": control_loss(prediction, batch["actions"][:, 1]).item()})
+        images, states, actions = (batch[name][:, 1] for name in ("images", "states", "actions"))
+        rows.append({"val_loss_q": control_loss(model.predict(images, states, s_U), actions).item()})
+        if loader.group == 2:
+            partners = s_U.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+            rows[-1]["val_loss_partner"] = control_loss(model.predict(images, states, partners), actions).item()
         if options["method"] == "tecnets":
             s_q = model.embed(batch["frames_q"][:, :, None])
             rows[-1]["val_accuracy"] = embedding_loss(s_U, s_q, negatives=model.settings.negatives)[1].item()
@@ -296,8 +300,8 @@ class Run:
         self.loader = TaskLoader(task_set, options["batch"], *sizes, options["seed"], options["early"],
                                  *(bool(options[name]) for name in ("random_support", "mirror", "recolour")), options["hue"],
                                  bool(options["pairs"]), options["demo_frames"], options["threads"], launched()[:2])
-        B = min(options["batch"], val_set.n_tasks)
-        self.val_loader = TaskLoader(val_set, B, 1, *sizes[1:], seed=0, pairs=self.manifest["pairs"] and B % 2 == 0,  # one shot
+        B, pairs = min(options["batch"], val_set.n_tasks), self.manifest["pairs"] and val_set.n_tasks > 1
+        self.val_loader = TaskLoader(val_set, B - B % 2 if pairs else B, 1, *sizes[1:], seed=0, pairs=pairs,  # one shot
                                      demo_frames=options["demo_frames"])
 
     def build_scheduler(self):
