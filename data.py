@@ -332,10 +332,10 @@ class TaskLoader:
     of the two sets, every one at a random time of a random demo of its set: T u^early with a uniform u, so early = 1
     is uniform and more favours a demo's beginning. With `random_support` every batch draws its K from 1 to the K given.
     With `mirror` half of the tasks are seen in a mirror, with `recolour` half of them with green and blue exchanged, and all
-    of them with their hues turned by up to `hue` radians, all demos of a task alike. With `pairs` tasks 2k and 2k + 1, which show the same objects in exchanged roles, are drawn together
-    and seen alike: a batch in which no task has its partner hardly teaches to tell the two apart. The last of an odd number
-    of tasks is then never drawn. Of N processes that have a `share` (i, N) each, the i-th gets the i-th part of every
-    batch's tasks.
+    of them with their hues turned by up to `hue` radians, all demos of a task alike. With `pairs` tasks 2k and 2k + 1, which
+    show the same objects in exchanged roles, are drawn together and seen alike: a batch in which no task has its partner
+    hardly teaches to tell the two apart. The last of an odd number of tasks is then never drawn. Of N processes that have a
+    `share` (i, N) each, the i-th gets the i-th part of every batch's tasks.
 
     It is a dict of uint8 and float32 arrays, U for support and q for query, before one another on axis 1 where both
     are in one, and n the `demo_frames` of a support demo, evenly spaced: `frames_U` (B, K, n, H, W, 3), `frames_q`

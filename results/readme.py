@@ -135,7 +135,7 @@ def one_change(parent):
         report = load(folder)
         result, network = report["results"][0], report["network"]
         changed = [f"--{name.replace('_', '-')} {f'{value:g}' if isinstance(value, float) else value}"
-                   for name, value in network["options"].items() if value != recipe.get(name) and not name.startswith("valid")]
+                   for name, value in network["options"].items() if value != recipe.get(name) and not name.startswith(("valid", "keep"))]
         if bool(changed) == (folder.name == "reference"):
             raise SystemExit(f"{folder}: its training options differ from those of `reference` by {changed or 'nothing'}")
         name, found = f"`{' '.join(changed)}`" if changed else "`reference`", passed(result)
