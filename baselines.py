@@ -10,8 +10,8 @@ states and actions are not. The other two have no public code; they take MIL's l
 
 Three things differ from the published, for speed. MIL reads 20 evenly spaced frames of a demonstration
 and draws 20 control samples, where it had all 100. The LSTM reads 10 frames. The LSTM and contextual
-draw 8 control samples and run in bfloat16. How the times of control samples are drawn, the mirror and
-the schedule of the learning rate are those of our TecNets; METHODS in train.py lists other defaults.
+draw 8 control samples and run in bfloat16. How the times of control samples are drawn, the mirror, the changes
+of colours and the schedule of the learning rate are those of our TecNets; METHODS in train.py lists other defaults.
 
 `embed` turns demonstrations into a context, `predict` and `act` take the place of TecNets' with
 the context for the sentence; what is given is checked as there. Dimensions in comments: B tasks, K demos
@@ -23,7 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tecnets import check, check_batch, check_settings, gathered, statistics
+from tecnets import CONVOLUTIONS, KERNEL, check, check_batch, check_settings, features_of_maps, gathered, statistics
+
+CONVOLUTION = dict(stride=2, padding=KERNEL // 2)
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,9 @@ class Settings:
     units: int = 200  # in each of 2 fully connected layers
     lstm_units: int = 512
     bias_transform: int = 20  # MIL's learned inputs of the first fully connected layer
-    inner_lr: float = 0.01  # of MIL's one gradient step
+    features: str = "points"  # of the last convolution's maps: their feature points, or for comparison "flat", as in TecNets
+    inner_steps: int = 1  # MIL's gradient steps on a demonstration
+    inner_lr: float = 0.01  # of such a step
     inner_clip: float = 10.0  # of that gradient's elements
     inner_scale: float = 50.0  # of the actions in the inner loss
     second_order: bool = True  # the meta-gradient goes through the inner gradient; else inner_* are not trained
@@ -59,26 +63,14 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x, x.shape[1:]).movedim(-1, 1) + self.bias[:, None, None]
 
 
-def feature_points(x):
-    """The expected coordinates of each map under its softmax: (N, C, H, W) -> (N, 2 C), x then y.
-
-    Coordinate i of n counts as (i - n / 2) / n.
-    """
-    check("x", x, "float", "N", "C", "H", "W")
-    H, W = x.shape[2:]
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    weights = x.flatten(2).softmax(-1, dtype).unflatten(2, (H, W))
-    x, y = ((torch.arange(n, dtype=dtype, device=x.device) - n / 2) / n for n in (W, H))
-    return torch.cat([(weights.sum(2) * x).sum(-1), (weights.sum(3) * y).sum(-1)], 1)
-
-
 def vision(planes, settings):
-    """Images (N, planes, H, W) in [0, 1] -> feature maps (N, filters, h, w)."""
+    """The layers from images (N, planes, H, W) in [0, 1] to features (N, F), and F."""
     layers = []
-    for _ in range(4):
-        layers += [nn.Conv2d(planes, settings.filters, 5, stride=2, padding=2), LayerNorm(settings.filters), nn.ReLU()]
+    for _ in range(CONVOLUTIONS):
+        layers += [nn.Conv2d(planes, settings.filters, KERNEL, **CONVOLUTION), LayerNorm(settings.filters), nn.ReLU()]
         planes = settings.filters
-    return nn.Sequential(*layers)
+    last, features = features_of_maps(settings)
+    return nn.Sequential(*layers, last), features
 
 
 def to_planes(images, dtype):
@@ -159,8 +151,8 @@ class Contextual(Baseline):
 
     def build(self):
         c = self.settings
-        self.vision = vision(2 * 3, c)
-        self.layers = nn.Sequential(nn.Linear(2 * c.filters + c.state_dim, c.units), nn.ReLU(),
+        self.vision, features = vision(2 * 3, c)
+        self.layers = nn.Sequential(nn.Linear(features + c.state_dim, c.units), nn.ReLU(),
                                     nn.Linear(c.units, c.units), nn.ReLU(), nn.Linear(c.units, c.action_dim))
 
     def embed(self, frames):
@@ -173,9 +165,9 @@ class Contextual(Baseline):
         shape = len(images), K, M
         pairs = torch.cat([images[:, None].expand(-1, K, -1, -1, -1, -1),
                            context[:, :, None].expand(-1, -1, M, -1, -1, -1)], -1)  # (B, K, M, H, W, 6)
-        points = feature_points(self.vision(to_planes(pairs.flatten(0, 2), states.dtype)))
+        features = self.vision(to_planes(pairs.flatten(0, 2), states.dtype))
         states = states[:, None].expand(-1, K, -1, -1).flatten(0, 2)
-        return self.layers(torch.cat([points, states], 1)).unflatten(0, shape).mean(1)
+        return self.layers(torch.cat([features, states], 1)).unflatten(0, shape).mean(1)
 
 
 class LSTM(Baseline):
@@ -183,15 +175,15 @@ class LSTM(Baseline):
 
     def build(self):
         c = self.settings
-        self.vision = vision(3, c)
-        self.layers = nn.Sequential(nn.Linear(2 * c.filters + c.state_dim, c.units), nn.ReLU(),
+        self.vision, features = vision(3, c)
+        self.layers = nn.Sequential(nn.Linear(features + c.state_dim, c.units), nn.ReLU(),
                                     nn.Linear(c.units, c.units), nn.ReLU())
         self.lstm = nn.LSTM(c.units, c.lstm_units)
         self.head = nn.Linear(c.lstm_units, c.action_dim)
 
     def _features(self, images, states):
-        points = feature_points(self.vision(to_planes(images, states.dtype)))
-        return self.layers(torch.cat([points, states], 1))  # (N, units)
+        features = self.vision(to_planes(images, states.dtype))
+        return self.layers(torch.cat([features, states], 1))  # (N, units)
 
     def embed(self, frames):
         """The memory after each demo: (..., K, n, H, W, 3) -> (..., K, 2, lstm_units)."""
@@ -217,7 +209,7 @@ class LSTM(Baseline):
 class MILNet(nn.Module):
     """The network that MIL adapts.
 
-    A learned picture is added to the image's channels, and learned numbers to the feature points. The
+    A learned picture is added to the image's channels, and learned numbers to the features. The
     inner pass has a head of its own, whose output is the loss that is learned, and, as it sees no state,
     a first fully connected layer of its own.
     """
@@ -226,9 +218,9 @@ class MILNet(nn.Module):
         super().__init__()
         c = settings
         self.image_transform = nn.Parameter(torch.zeros(3, c.image_size, c.image_size))
-        self.vision = vision(2 * 3, c)
+        self.vision, features = vision(2 * 3, c)
         self.bias_transform = nn.Parameter(torch.zeros(c.bias_transform))
-        features = 2 * c.filters + c.bias_transform
+        features += c.bias_transform
         self.first, self.inner_first = nn.Linear(features + c.state_dim, c.units), nn.Linear(features, c.units)
         self.second = nn.Linear(c.units, c.units)
         self.head, self.inner_head = nn.Linear(c.units, c.action_dim), nn.Linear(c.units, c.action_dim)
@@ -237,16 +229,16 @@ class MILNet(nn.Module):
         """Images (N, H, W, 3) uint8 -> (N, A): actions with states (N, S), else the inner pass."""
         planes, picture = to_planes(images, self.image_transform.dtype), self.image_transform.clamp(0, 1)
         x = mil_vision(self.vision, planes, picture)
-        x = torch.cat([feature_points(x), self.bias_transform.expand(len(images), -1)], 1)
+        x = torch.cat([x, self.bias_transform.expand(len(images), -1)], 1)
         x = self.inner_first(x) if states is None else self.first(torch.cat([x, states], 1))
         x = F.relu(self.second(F.relu(x)))
         return self.inner_head(x) if states is None else self.head(x)
 
 
 class MIL(Baseline):
-    """Meta imitation learning: one gradient step on the demo, then behaviour cloning with the new weights.
+    """Meta imitation learning: a gradient step on the demo, then behaviour cloning with the new weights.
 
-    A context holds the adapted parameters. Norm biases are meta-learned, not adapted.
+    A context holds the adapted parameters. Norm biases and the inner pass's own layers are meta-learned, not adapted.
     """
 
     def build(self):
@@ -259,21 +251,24 @@ class MIL(Baseline):
         return {name: p for name, p in self.net.named_parameters()
                 if name not in norms and not name.startswith(one_pass_only)}
 
-    def _inner_loss(self, frames):
-        """The learned loss of demos (K, n, H, W, 3): the actions, hidden, count as zeros."""
-        return (self.settings.inner_scale * self.net(frames.flatten(0, 1))).square().mean()
+    def _inner_loss(self, frames, weights):
+        """The learned loss of demos (K, n, H, W, 3) with given weights: the actions, hidden, count as zeros."""
+        output = torch.func.functional_call(self.net, weights, frames.flatten(0, 1))
+        return (self.settings.inner_scale * output).square().mean()
 
     def embed(self, frames):
-        """One inner step on all demos of a task: (..., K, n, H, W, 3) -> adapted parameters (..., P)."""
+        """Inner steps on all demos of a task: (..., K, n, H, W, 3) -> adapted parameters (..., P)."""
         self._check_frames(frames)
         if frames.ndim > 5:
             return torch.stack([self.embed(task) for task in frames])
-        c, parameters = self.settings, self._adapted().values()
+        c, weights = self.settings, self._adapted()
         create_graph = torch.is_grad_enabled() and c.second_order
         with torch.enable_grad(), self._autocast():
-            gradients = torch.autograd.grad(self._inner_loss(frames), parameters, create_graph=create_graph)
-        return torch.cat([(p - c.inner_lr * gradient.clamp(-c.inner_clip, c.inner_clip)).flatten()
-                          for p, gradient in zip(parameters, gradients)])
+            for _ in range(c.inner_steps):
+                gradients = torch.autograd.grad(self._inner_loss(frames, weights), weights.values(), create_graph=create_graph)
+                weights = {name: p - c.inner_lr * gradient.clamp(-c.inner_clip, c.inner_clip)
+                           for (name, p), gradient in zip(weights.items(), gradients)}
+        return torch.cat([p.flatten() for p in weights.values()])
 
     def respond(self, images, states, context):
         adapted = self._adapted()
@@ -289,7 +284,7 @@ class MIL(Baseline):
 # Same numbers, faster: MIL's convolutions -----------------------------------------------------
 
 def plain_mil_vision(vision, planes, picture):
-    """Feature maps of images (N, 3, H, W) with the learned picture (3, H, W) on further channels."""
+    """Features (N, F) of images (N, 3, H, W) with the learned picture (3, H, W) on further channels."""
     return vision(torch.cat([planes, picture.expand(len(planes), -1, -1, -1)], 1))
 
 
@@ -309,9 +304,6 @@ def mil_vision(vision, planes, picture):
     for layer in rest:
         x = _Convolution.apply(x, layer.weight, layer.bias) if isinstance(layer, nn.Conv2d) else layer(x)
     return x
-
-
-CONVOLUTION = dict(stride=2, padding=2)
 
 
 class _Convolution(torch.autograd.Function):

@@ -49,6 +49,7 @@ class Settings:
     negatives: str = "sentences"  # paper: other tasks' sentences; code: other tasks' "queries"
     hinge_mean: str = "all"  # pairs of tasks over which the hinge is averaged: all (paper), or "violated", where it is above 0
     ends: str = "both"  # frames of a demonstration that are embedded: both, or for comparison "first" or "last" alone
+    features: str = "flat"  # of the last convolution's maps: all their numbers, or for comparison "points", MIL's
 
     def __post_init__(self):
         check_settings(self)
@@ -126,12 +127,35 @@ def _layer_norm(filters):
 
 
 def _convolutions(planes, settings):
-    """The layers up to the flattened features, and how many these are."""
-    layers, size = [], settings.image_size
+    """The layers up to the features, and how many these are."""
+    layers = []
     for _ in range(CONVOLUTIONS):
         layers += [_convolution(planes, settings.filters), _layer_norm(settings.filters), nn.ELU(inplace=True)]
-        planes, size = settings.filters, (size + 1) // 2
-    return nn.Sequential(*layers, nn.Flatten()), planes * size * size
+        planes = settings.filters
+    last, features = features_of_maps(settings)
+    return nn.Sequential(*layers, last), features
+
+
+def features_of_maps(settings):
+    """The layer that makes features of the last convolution's maps (N, filters, h, w), and how many it makes."""
+    if settings.features == "points":
+        return FeaturePoints(), 2 * settings.filters
+    return nn.Flatten(), settings.filters * math.ceil(settings.image_size / 2 ** CONVOLUTIONS) ** 2
+
+
+class FeaturePoints(nn.Module):
+    """The expected coordinates of each map under its softmax: (N, C, h, w) -> (N, 2 C), x then y, as in MIL's public code.
+
+    Coordinate i of n counts as (i - n / 2) / n.
+    """
+
+    def forward(self, x):
+        check("x", x, "float", "N", "C", "h", "w")
+        h, w = x.shape[2:]
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        weights = x.flatten(2).softmax(-1, dtype).unflatten(2, (h, w))
+        x, y = ((torch.arange(n, dtype=dtype, device=x.device) - n / 2) / n for n in (w, h))
+        return torch.cat([(weights.sum(2) * x).sum(-1), (weights.sum(3) * y).sum(-1)], 1)
 
 
 def _fully_connected(inputs, outputs, settings):
@@ -167,7 +191,7 @@ class EmbeddingNet(nn.Module):
 class ControlNet(nn.Module):
     """pi: image, state and sentence -> torques (section 3.2).
 
-    The sentence is tiled over the image and stacked on its channels; the state joins the flattened features.
+    The sentence is tiled over the image and stacked on its channels; the state joins the features.
     """
 
     def __init__(self, settings):
@@ -359,7 +383,7 @@ def gathered(x):
 # What was given -------------------------------------------------------------------------------
 
 CHOICES = {"support_mean": ("mean-norm", "norm-mean-norm"), "negatives": ("sentences", "queries"),
-           "hinge_mean": ("all", "violated"), "ends": ("both", "first", "last")}
+           "hinge_mean": ("all", "violated"), "ends": ("both", "first", "last"), "features": ("flat", "points")}
 
 
 def check_choice(name, value):

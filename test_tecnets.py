@@ -21,8 +21,8 @@ import data
 import evaluate
 import sim
 import train
-from tecnets import (ControlNet, Settings, TecNets, control_loss, embedding_loss, first_convolution, plain_first_convolution,
-                     sentence)
+from tecnets import (ControlNet, FeaturePoints, Settings, TecNets, control_loss, embedding_loss, first_convolution,
+                     plain_first_convolution, sentence)
 
 torch.set_num_threads(1)  # more are slow on small tensors when other processes run
 
@@ -331,7 +331,7 @@ def frames_batch(n=3, **sizes):
 def test_feature_points_of_a_bright_pixel():
     maps = torch.zeros(2, 3, 8, 6)
     maps[1, 2, 5, 1] = 1000
-    points = baselines.feature_points(maps)
+    points = FeaturePoints()(maps)
     torch.testing.assert_close(points[1, [2, 5]], torch.tensor([(1 - 3) / 6, (5 - 4) / 8]))
     torch.testing.assert_close(points[0], torch.tensor([-0.5 / 6] * 3 + [-0.5 / 8] * 3))
 
@@ -342,26 +342,34 @@ def test_parameters_that_the_inner_step_changes():
         "second.weight", "second.bias"]
 
 
-def test_inner_step_by_hand():
-    """Every parameter p of the inner pass becomes p - 0.01 clip(gradient, -10, 10), the rest stays; some are clipped."""
-    model, batch = small_baseline(baselines.MIL), frames_batch()
+@pytest.mark.parametrize("inner_steps", [1, 2])
+def test_inner_steps_by_hand(inner_steps):
+    """Every parameter p of the inner pass becomes p - 0.01 clip(gradient, -10, 10), the rest stays; some are clipped.
+
+    The rest are norm biases and the layers that only the learned loss has.
+    """
+    model, batch = small_baseline(baselines.MIL, inner_steps=inner_steps), frames_batch()
     image, state = batch["images"][0, 0, :1], batch["states"][0, 0, :1]
     adapted = model.predict(image[None], state[None], model.embed(batch["frames_U"][:1]))[0]
-    (50 * model.net(batch["frames_U"][0].flatten(0, 1))).square().mean().backward()
-    clipped = 0
-    with torch.no_grad():
-        for name, p in model.net.named_parameters():
-            if p.grad is not None and not (name.startswith("vision") and int(name.split(".")[1]) % 3 == 1):  # norm biases
-                clipped += (p.grad.abs() > 10).sum()
-                p -= 0.01 * p.grad.clamp(-10, 10)
-    assert clipped > 10
+    for _ in range(inner_steps):
+        model.zero_grad()
+        (50 * model.net(batch["frames_U"][0].flatten(0, 1))).square().mean().backward()
+        clipped = 0
+        with torch.no_grad():
+            for name, p in model.net.named_parameters():
+                norm_bias = name.startswith("vision") and int(name.split(".")[1]) % 3 == 1
+                if p.grad is not None and not norm_bias and not name.startswith("inner_"):
+                    clipped += (p.grad.abs() > 10).sum()
+                    p -= 0.01 * p.grad.clamp(-10, 10)
+        assert clipped > 5
     torch.testing.assert_close(adapted, model.net(image, state))
 
 
-@pytest.mark.parametrize("second_order", [True, False])
-def test_fast_convolutions_of_mil(second_order, monkeypatch):
+@pytest.mark.parametrize("second_order, inner_steps", [(True, 1), (True, 2), (False, 1)])
+def test_fast_convolutions_of_mil(second_order, inner_steps, monkeypatch):
     """The meta-gradient by our second derivatives of a convolution is that by PyTorch's own."""
-    model, batch, gradients = small_baseline(baselines.MIL, second_order=second_order), frames_batch(K=2), []
+    model, batch = small_baseline(baselines.MIL, second_order=second_order, inner_steps=inner_steps), frames_batch(K=2)
+    gradients = []
     for vision in (baselines.plain_mil_vision, baselines.mil_vision):
         monkeypatch.setattr(baselines, "mil_vision", vision)
         model.zero_grad()
@@ -462,12 +470,14 @@ def test_baseline_in_chunks(method):
     torch.testing.assert_close(one, whole[2, 1])
 
 
+@pytest.mark.parametrize("features", ["flat", "points"])
 @pytest.mark.parametrize("name", train.METHODS)
-def test_every_method_learns_two_tasks(name):
+def test_every_method_learns_two_tasks(name, features):
     """The demonstration alone tells the action: a bright square on the left or on the right of its last frame."""
     torch.manual_seed(0)
     network, settings, *_ = train.METHODS[name]
-    model, batch = network(settings(image_size=32)), frames_batch(B=2, K=1, M=4, n=2, dtype=torch.float32)
+    model = network(settings(image_size=32, features=features))
+    batch = frames_batch(B=2, K=1, M=4, n=2, dtype=torch.float32)
     batch["frames_U"][:] = 30
     for task, columns in enumerate((slice(2, 12), slice(20, 30))):
         batch["frames_U"][task, :, -1, 10:20, columns] = 250

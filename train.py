@@ -44,19 +44,19 @@ LOG_STEPS = 50
 # The methods: network, its settings, the defaults below that it changes, and the options that it has no use for.
 LOSS_OPTIONS = ("margin", "lambda_emb", "lambda_U", "lambda_q", "normalise_queries", "support_mean", "negatives", "hinge_mean",
                 "ends")
+INNER_OPTIONS = "second_order", "inner_steps"
+BASELINES = dict(batch=15, pairs=0, support=1, random_support=0, features="points")
 METHODS = {
-    "tecnets": (TecNets, tecnets.Settings, {}, ("demo_frames", "second_order")),
-    "contextual": (baselines.Contextual, baselines.Settings, dict(batch=15, pairs=0, support=1, random_support=0, samples=8),
-                   ("demo_frames", "second_order", *LOSS_OPTIONS)),
-    "lstm": (baselines.LSTM, baselines.Settings, dict(batch=15, pairs=0, support=1, random_support=0, samples=8, demo_frames=10),
-             ("second_order", *LOSS_OPTIONS)),
-    "mil": (baselines.MIL, baselines.Settings, dict(batch=15, pairs=0, support=1, random_support=0, samples=20, demo_frames=20,
-                                                    bfloat16=0), LOSS_OPTIONS),
+    "tecnets": (TecNets, tecnets.Settings, {}, ("demo_frames", *INNER_OPTIONS)),
+    "contextual": (baselines.Contextual, baselines.Settings, dict(BASELINES, samples=8),
+                   ("demo_frames", *INNER_OPTIONS, *LOSS_OPTIONS)),
+    "lstm": (baselines.LSTM, baselines.Settings, dict(BASELINES, samples=8, demo_frames=10), (*INNER_OPTIONS, *LOSS_OPTIONS)),
+    "mil": (baselines.MIL, baselines.Settings, dict(BASELINES, samples=20, demo_frames=20, bfloat16=0), LOSS_OPTIONS),
 }
 # Every hyper-parameter: type, default (our recipe for two cores), help.
 OPTIONS = {
     "method": (choice(*METHODS), "tecnets", f"one of {', '.join(METHODS)}; the baselines change the defaults of --batch, "
-               "--pairs, --support, --random-support, --samples, --demo-frames and --bfloat16"),
+               "--pairs, --support, --random-support, --features, --samples, --demo-frames and --bfloat16"),
     "data": (str, "data/push", "folder of the data set, made when absent"),
     "tasks": (number(int, 1), None, "training tasks to use (default: all)"),
     "val_tasks": (number(int, 1), None, "validation tasks to use (default: all)"),
@@ -88,6 +88,8 @@ OPTIONS = {
     "hinge_mean": (choice(*CHOICES["hinge_mean"]), "violated", "pairs of tasks over which the hinge is averaged: all (paper), "
                    "or violated, those that violate the margin"),
     "ends": (choice(*CHOICES["ends"]), "both", "frames that are embedded: both, first or last"),
+    "features": (choice(*CHOICES["features"]), "flat", "of the last convolution's maps: flat (paper), or points (MIL)"),
+    "inner_steps": (number(int, 1, 100), 1, "MIL's gradient steps on a demonstration"),
     "second_order": (number(int, 0, 1), 1, "1: MIL's meta-gradient goes through the inner gradient; 0: first order, "
                      "which leaves its learned loss as it was drawn"),
     "validate_every": (number(int, 1), 500, "steps between validations"),
