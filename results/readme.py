@@ -192,26 +192,34 @@ def processes(report):
                   for name, value in report["feeding"].items()))
 
 
-def learning_curves(path, seeds, width=900, height=420, margin=60):
-    """Control loss on training and validation tasks against steps, the loss on a logarithmic scale."""
-    top, bottom = math.log10(0.3), math.log10(0.005)
-    logs = [[json.loads(line) for line in (seed / "log.jsonl").read_text().splitlines()] for seed in seeds]
-    steps = max(row["step"] for log in logs for row in log)
-    at = lambda step, loss: (margin + (width - 2 * margin) * step / steps,
-                             margin / 2 + (height - 1.5 * margin) * min(1, max(0, (top - math.log10(loss)) / (top - bottom))))
+def chart(path, lines, x_label, x_ticks, y_ticks, scale=float, width=900, height=420, margin=60):
+    """Draw lines [(label, colour, [(x, y), ...]), ...] between the first and the last tick; `scale` is applied to y and its ticks."""
+    (left, right), (bottom, top) = (x_ticks[0], x_ticks[-1]), sorted(map(scale, (y_ticks[0], y_ticks[-1])))
+    at = lambda x, y: (margin + (width - 2 * margin) * (x - left) / (right - left),
+                       margin / 2 + (height - 1.5 * margin) * min(1, max(0, (top - scale(y)) / (top - bottom))))
     picture = Image.new("RGB", (width, height), "white")
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(15)
-    for loss in (0.3, 0.1, 0.03, 0.01, 0.005):
-        draw.line([at(0, loss), at(steps, loss)], "#dddddd")
-        draw.text((margin - 8, at(0, loss)[1]), f"{loss:g}", "black", font, "rm")
-    for step in range(0, steps + 1, 5000):
-        draw.text((at(step, 0.005)[0], height - margin + 8), f"{step:,}", "black", font, "mt")
-    draw.text((width / 2, height - 22), "steps", "black", font, "mt")
-    for colour, key, label, place in (("#9ab8dd", "loss_q", "training tasks", 0), ("#c0392b", "val_loss_q", "validation tasks", 20)):
-        for log in logs:
-            draw.line([at(row["step"], row[key]) for row in log if key in row], colour, 2)
-        draw.text((width - margin - 8, margin / 2 + 8 + place), f"control loss, {label}", colour, font, "rt")
+    for y in y_ticks:
+        draw.line([at(left, y), at(right, y)], "#dddddd")
+        draw.text((margin - 8, at(left, y)[1]), f"{y:g}", "black", font, "rm")
+    for x in x_ticks:
+        draw.text((at(x, y_ticks[0])[0], height - margin + 8), f"{x:,}", "black", font, "mt")
+    draw.text((width / 2, height - 22), x_label, "black", font, "mt")
+    for _, colour, points in lines:
+        draw.line([at(*point) for point in points], colour, 2)
+    for place, (label, colour) in enumerate(dict.fromkeys((label, colour) for label, colour, _ in lines)):
+        draw.text((width - margin - 8, margin / 2 + 8 + 20 * place), label, colour, font, "rt")
     write_atomically(path, lambda file: picture.save(file, "png"))
+
+
+def learning_curves(path, seeds):
+    """Control loss on training and validation tasks against steps."""
+    logs = [[json.loads(line) for line in (seed / "log.jsonl").read_text().splitlines()] for seed in seeds]
+    lines = [(f"control loss, {label}", colour, [(row["step"], row[key]) for row in log if key in row])
+             for colour, key, label in (("#9ab8dd", "loss_q", "training tasks"), ("#c0392b", "val_loss_q", "validation tasks"))
+             for log in logs]
+    last = max(row["step"] for log in logs for row in log)
+    chart(path, lines, "steps", range(0, last + 5000, 5000), (0.005, 0.01, 0.03, 0.1, 0.3), math.log10)
 
 
 def fill(text, tables):
