@@ -8,10 +8,10 @@ Settings are those of MIL's public code (github.com/tianheyu927/mil, scripts/run
 section 6 and appendix A.2), simulated pushing, video only: the frames of a demonstration are seen, its
 states and actions are not. The other two have no public code; they take MIL's layers.
 
-Three things differ from the published, for speed. MIL reads 20 evenly spaced frames of a demonstration
-and draws 20 control samples, where it had all 100. The LSTM reads 10 frames. The LSTM and contextual
-draw 8 control samples and run in bfloat16. How the times of control samples are drawn, the mirror, the changes
-of colours and the schedule of the learning rate are those of our TecNets; METHODS in train.py lists other defaults.
+Some things differ from the published, for speed. MIL reads 10 evenly spaced frames of a demonstration
+and draws 10 control samples from five others, where it had all 100 of each of two. The LSTM reads 10 frames. The LSTM
+and contextual draw 8 control samples and run in bfloat16. How the times of control samples are drawn, the mirror, the
+changes of colours and the schedule of the learning rate are those of our TecNets; METHODS in train.py lists other defaults.
 
 `embed` turns demonstrations into a context, `predict` and `act` take the place of TecNets' with
 the context for the sentence; what is given is checked as there. Dimensions in comments: B tasks, K demos
@@ -42,7 +42,7 @@ class Settings:
     inner_steps: int = 1  # MIL's gradient steps on a demonstration
     inner_lr: float = 0.01  # of such a step
     inner_clip: float = 10.0  # of that gradient's elements
-    inner_scale: float = 50.0  # of the actions in the inner loss
+    action_scale: float = 50.0  # of the actions in MIL's inner and outer loss
     second_order: bool = True  # the meta-gradient goes through the inner gradient; else inner_* are not trained
 
     def __post_init__(self):
@@ -101,6 +101,7 @@ class Baseline(nn.Module):
         super().__init__()
         self.settings = settings
         self.use_bfloat16 = False  # run the networks in bfloat16, weights and losses stay float32
+        self.loss_scale = 1.0  # of gradients, which tells where Adam's epsilon counts
         self.build()
         self.apply(_initialise)
         self.to(memory_format=torch.channels_last)
@@ -127,7 +128,7 @@ class Baseline(nn.Module):
         return self.predict(image[None, None], state[None, None], context[None])[0, 0]
 
     def backward(self, batch, chunk=256):
-        """Add the gradient of the query demos' control loss to the parameters' and return it.
+        """Add the gradient of the query demos' control loss, times `loss_scale`, to the parameters'; return the loss.
 
         `batch` is that of TecNets; of the support demos the frames `frames_U` (B, K, n, H, W, 3) are used,
         of the query demos the control samples. Tasks run in chunks of at most `chunk` of these together. Several
@@ -141,7 +142,7 @@ class Baseline(nn.Module):
             at = slice(int(part[0]), int(part[-1]) + 1)
             prediction = self.predict(images[at], states[at], self.embed(batch["frames_U"][at]))
             loss = len(part) / B * F.mse_loss(prediction, actions[at])
-            loss.backward()
+            (self.loss_scale * loss).backward()
             total = total + loss.detach()
         return {"loss": total, "loss_q": total}
 
@@ -179,6 +180,7 @@ class LSTM(Baseline):
         self.layers = nn.Sequential(nn.Linear(features + c.state_dim, c.units), nn.ReLU(),
                                     nn.Linear(c.units, c.units), nn.ReLU())
         self.lstm = nn.LSTM(c.units, c.lstm_units)
+        self.lstm.bias_hh_l0.data[c.lstm_units:2 * c.lstm_units] = 1  # of the forget gate, as TensorFlow's cells have it
         self.head = nn.Linear(c.lstm_units, c.action_dim)
 
     def _features(self, images, states):
@@ -227,8 +229,7 @@ class MILNet(nn.Module):
 
     def forward(self, images, states=None):
         """Images (N, H, W, 3) uint8 -> (N, A): actions with states (N, S), else the inner pass."""
-        planes, picture = to_planes(images, self.image_transform.dtype), self.image_transform.clamp(0, 1)
-        x = mil_vision(self.vision, planes, picture)
+        x = mil_vision(self.vision, to_planes(images, self.image_transform.dtype), self.image_transform)
         x = torch.cat([x, self.bias_transform.expand(len(images), -1)], 1)
         x = self.inner_first(x) if states is None else self.first(torch.cat([x, states], 1))
         x = F.relu(self.second(F.relu(x)))
@@ -243,6 +244,7 @@ class MIL(Baseline):
 
     def build(self):
         self.net = MILNet(self.settings)
+        self.loss_scale = self.settings.action_scale ** 2
 
     def _adapted(self):
         """Names and parameters that the inner step changes and the adapted network uses."""
@@ -254,7 +256,7 @@ class MIL(Baseline):
     def _inner_loss(self, frames, weights):
         """The learned loss of demos (K, n, H, W, 3) with given weights: the actions, hidden, count as zeros."""
         output = torch.func.functional_call(self.net, weights, frames.flatten(0, 1))
-        return (self.settings.inner_scale * output).square().mean()
+        return (self.settings.action_scale * output).square().mean()
 
     def embed(self, frames):
         """Inner steps on all demos of a task: (..., K, n, H, W, 3) -> adapted parameters (..., P)."""
@@ -264,6 +266,7 @@ class MIL(Baseline):
         c, weights = self.settings, self._adapted()
         create_graph = torch.is_grad_enabled() and c.second_order
         with torch.enable_grad(), self._autocast():
+            weights["image_transform"] = weights["image_transform"].clamp(0, 1)  # before the step; it may lead out of [0, 1]
             for _ in range(c.inner_steps):
                 gradients = torch.autograd.grad(self._inner_loss(frames, weights), weights.values(), create_graph=create_graph)
                 weights = {name: p - c.inner_lr * gradient.clamp(-c.inner_clip, c.inner_clip)

@@ -45,18 +45,18 @@ LOG_STEPS = 50
 LOSS_OPTIONS = ("margin", "lambda_emb", "lambda_U", "lambda_q", "normalise_queries", "support_mean", "negatives", "hinge_mean",
                 "ends")
 INNER_OPTIONS = "second_order", "inner_steps"
-BASELINES = dict(batch=15, pairs=0, support=1, random_support=0, features="points")
+BASELINES = dict(batch=15, pairs=0, support=1, random_support=0, query=5, features="points")
 METHODS = {
     "tecnets": (TecNets, tecnets.Settings, {}, ("demo_frames", *INNER_OPTIONS)),
     "contextual": (baselines.Contextual, baselines.Settings, dict(BASELINES, samples=8),
                    ("demo_frames", *INNER_OPTIONS, *LOSS_OPTIONS)),
     "lstm": (baselines.LSTM, baselines.Settings, dict(BASELINES, samples=8, demo_frames=10), (*INNER_OPTIONS, *LOSS_OPTIONS)),
-    "mil": (baselines.MIL, baselines.Settings, dict(BASELINES, samples=20, demo_frames=20, bfloat16=0), LOSS_OPTIONS),
+    "mil": (baselines.MIL, baselines.Settings, dict(BASELINES, samples=10, demo_frames=10, bfloat16=0), LOSS_OPTIONS),
 }
 # Every hyper-parameter: type, default (our recipe for two cores), help.
 OPTIONS = {
     "method": (choice(*METHODS), "tecnets", f"one of {', '.join(METHODS)}; the baselines change the defaults of --batch, "
-               "--pairs, --support, --random-support, --features, --samples, --demo-frames and --bfloat16"),
+               "--pairs, --support, --random-support, --query, --features, --samples, --demo-frames and --bfloat16"),
     "data": (str, "data/push", "folder of the data set, made when absent"),
     "tasks": (number(int, 1), None, "training tasks to use (default: all)"),
     "val_tasks": (number(int, 1), None, "validation tasks to use (default: all)"),
