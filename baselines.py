@@ -9,7 +9,7 @@ section 6 and appendix A.2), simulated pushing, video only: the frames of a demo
 states and actions are not. The other two have no public code; they take MIL's layers.
 
 Some things differ from the published, for speed. MIL reads 10 evenly spaced frames of a demonstration
-and draws 10 control samples from five others, where it had all 100 of each of two. The LSTM reads 10 frames. The LSTM
+and draws 10 control samples from three others, where it had all 100 of each of two. The LSTM reads 10 frames. The LSTM
 and contextual draw 8 control samples and run in bfloat16. How the times of control samples are drawn, the mirror, the
 changes of colours and the schedule of the learning rate are those of our TecNets; METHODS in train.py lists other defaults.
 

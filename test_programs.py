@@ -552,7 +552,7 @@ def test_damaged_mil_data(damage, message, mil, tmp_path, monkeypatch):
 @pytest.mark.parametrize("method", ["contextual", "lstm", "mil"])
 def test_a_baseline_from_training_to_evaluation(method, data_set, tmp_path):
     frames = [] if method == "contextual" else ["--demo-frames", 3]
-    run("train.py", "--data", data_set, "--method", method, *TINY, "--steps", 20, *frames, cwd=tmp_path)
+    run("train.py", "--data", data_set, "--method", method, *TINY, "--query", 2, "--steps", 20, *frames, cwd=tmp_path)
     words = ["--data", data_set, "--tasks", 1, "--trials", 1, "--shots", 2, "--checkpoint", f"runs/{method}/last.pt"]
     run("evaluate.py", *words, "--gif", 1, "--out", "filmed", cwd=tmp_path)  # frames picked from whole demonstrations
     run("evaluate.py", *words, "--method", method, "--out", "e", cwd=tmp_path)

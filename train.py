@@ -45,7 +45,7 @@ LOG_STEPS = 50
 LOSS_OPTIONS = ("margin", "lambda_emb", "lambda_U", "lambda_q", "normalise_queries", "support_mean", "negatives", "hinge_mean",
                 "ends")
 INNER_OPTIONS = "second_order", "inner_steps"
-BASELINES = dict(batch=15, pairs=0, support=1, random_support=0, query=5, features="points")
+BASELINES = dict(batch=15, pairs=0, support=1, random_support=0, query=3, features="points")
 METHODS = {
     "tecnets": (TecNets, tecnets.Settings, {}, ("demo_frames", *INNER_OPTIONS)),
     "contextual": (baselines.Contextual, baselines.Settings, dict(BASELINES, samples=8),
