@@ -425,6 +425,13 @@ def test_the_lstm_reads_the_demo_and_then_the_observation():
     torch.testing.assert_close(model.act(images[-1], states[-1], model.embed(batch["frames_U"][0])), expected)
 
 
+def test_an_untrained_lstm_keeps_its_memory():
+    lstm = baselines.LSTM().lstm
+    c = torch.ones(1, 1, lstm.hidden_size)
+    _, (_, kept) = lstm(torch.zeros(1, 1, lstm.input_size), (torch.zeros_like(c), c))
+    assert kept.mean().item() == pytest.approx(1 / (1 + math.exp(-1)), abs=0.01)  # with a bias of 0: a half
+
+
 def test_bfloat16_baselines():
     for method in (baselines.Contextual, baselines.LSTM):
         model, batch, gradients_ = small_baseline(method).float(), frames_batch(dtype=torch.float32), []
