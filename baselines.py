@@ -10,8 +10,9 @@ states and actions are not. The other two have no public code; they take MIL's l
 
 Some things differ from the published, for speed. MIL reads 10 evenly spaced frames of a demonstration
 and draws 10 control samples from three others, where it had all 100 of each of two. The LSTM reads 10 frames. The LSTM
-and contextual draw 8 control samples and run in bfloat16. How the times of control samples are drawn, the mirror, the
-changes of colours and the schedule of the learning rate are those of our TecNets; METHODS in train.py lists other defaults.
+and contextual draw 8 control samples and run in bfloat16. Tasks drawn by pairs, 16 in a step (published: 15, independent),
+how the times of control samples are drawn, the mirror and the changes of colours are those of our TecNets. The learning rate
+falls to zero in the last fifth of the steps (published: constant). METHODS in train.py lists other defaults.
 
 `embed` turns demonstrations into a context, `predict` and `act` take the place of TecNets' with
 the context for the sentence; what is given is checked as there. Dimensions in comments: B tasks, K demos

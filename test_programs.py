@@ -626,6 +626,24 @@ def test_weights_are_kept_along_the_run(data_set, trained, tmp_path, monkeypatch
     assert (trained / "step-60.pt").stat().st_size < (trained / "last.pt").stat().st_size / 2.5
 
 
+def test_schedules_of_the_learning_rate(data_set, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rates = {}
+    for schedule in ("constant", "hold", "one-cycle"):
+        job, rates[schedule] = start_run(data_set, schedule, "--schedule", schedule, "--lr", 0.5), []
+        for step in range(60):
+            rates[schedule] += job.scheduler.get_last_lr()
+            job.optimiser.step()
+            job.scheduler.step()
+            if step == 50:  # as a resumed run does
+                state = job.scheduler.state_dict()
+                job.build_scheduler()
+                job.scheduler.load_state_dict(state)
+    assert rates["constant"] == [0.5] * 60
+    assert rates["hold"] == pytest.approx([0.5] * 48 + [0.5 * left / 12 for left in range(12, 0, -1)])
+    assert rates["one-cycle"][6] == pytest.approx(0.5, rel=0.01) and rates["one-cycle"][-1] < 0.001 < rates["one-cycle"][0]
+
+
 def test_training_goes_on_from_given_weights(data_set, trained, tmp_path, monkeypatch):
     """--init starts a run of its own, whose first loss is that of the weights; the seed may be another."""
     monkeypatch.chdir(tmp_path)

@@ -45,7 +45,7 @@ LOG_STEPS = 50
 LOSS_OPTIONS = ("margin", "lambda_emb", "lambda_U", "lambda_q", "normalise_queries", "support_mean", "negatives", "hinge_mean",
                 "ends")
 INNER_OPTIONS = "second_order", "inner_steps"
-BASELINES = dict(batch=15, pairs=0, support=1, random_support=0, query=3, features="points")
+BASELINES = dict(support=1, random_support=0, query=3, features="points", schedule="hold")
 METHODS = {
     "tecnets": (TecNets, tecnets.Settings, {}, ("demo_frames", *INNER_OPTIONS)),
     "contextual": (baselines.Contextual, baselines.Settings, dict(BASELINES, samples=8),
@@ -55,8 +55,8 @@ METHODS = {
 }
 # Every hyper-parameter: type, default (our recipe for two cores), help.
 OPTIONS = {
-    "method": (choice(*METHODS), "tecnets", f"one of {', '.join(METHODS)}; the baselines change the defaults of --batch, "
-               "--pairs, --support, --random-support, --query, --features, --samples, --demo-frames and --bfloat16"),
+    "method": (choice(*METHODS), "tecnets", f"one of {', '.join(METHODS)}; the baselines change the defaults of --support, --random-support, --query, --features, "
+               "--samples, --schedule, --demo-frames and --bfloat16"),
     "data": (str, "data/push", "folder of the data set, made when absent"),
     "tasks": (number(int, 1), None, "training tasks to use (default: all)"),
     "val_tasks": (number(int, 1), None, "validation tasks to use (default: all)"),
@@ -77,7 +77,8 @@ OPTIONS = {
     "chunk": (number(int, 1), 256, "images a backward pass holds in memory"),
     "threads": (number(int, 1, 1000), 1, "that prepare batches; a GPU wants several"),
     "lr": (number(float, 0, 1), 1e-3, "Adam's learning rate, the peak of the schedule"),
-    "schedule": (choice("one-cycle", "constant"), "one-cycle", "of the learning rate: one-cycle or constant"),
+    "schedule": (choice("one-cycle", "constant", "hold"), "one-cycle", "of the learning rate: one-cycle, constant, or hold: constant, and "
+                 "down to zero in the last fifth of the steps"),
     "margin": (number(float, 0), 0.1, "of the embedding loss"),
     "lambda_emb": (number(float, 0), 1.0, "weight of the embedding loss"),
     "lambda_U": (number(float, 0), 1.0, "weight of the support's control loss"),
@@ -307,11 +308,13 @@ class Run:
                                      demo_frames=options["demo_frames"])
 
     def build_scheduler(self):
-        if self.options["schedule"] == "constant":
-            self.scheduler = torch.optim.lr_scheduler.ConstantLR(self.optimiser, factor=1)
+        schedules, schedule = torch.optim.lr_scheduler, self.options["schedule"]
+        if schedule == "one-cycle":
+            self.scheduler = schedules.OneCycleLR(self.optimiser, self.options["lr"], total_steps=self.steps + 1, pct_start=0.1,
+                                                  cycle_momentum=False)
         else:
-            self.scheduler = torch.optim.lr_scheduler.OneCycleLR(
-                self.optimiser, self.options["lr"], total_steps=self.steps + 1, pct_start=0.1, cycle_momentum=False)
+            fall = {"constant": 0, "hold": 0.2}[schedule] * self.steps
+            self.scheduler = schedules.LambdaLR(self.optimiser, lambda step: min(1, (self.steps - step) / fall) if fall else 1)
 
     def calibrate(self):
         """The number of steps that fit into --minutes, from the pace of a few that change nothing."""
