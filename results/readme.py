@@ -4,9 +4,9 @@
 
 Every stored rate and interval is first computed again from its trial rows; a figure that differs stops the program.
 
-Directories: seedN holds a run of our recipe, with its log.jsonl and a folder for each evaluation; fast is a short run of
-our recipe and paper one of the paper's; methods/NAME holds one evaluation, recipe/NAME and ablations/NAME one and the run's
-log. A table stands between `<!-- NAME -->` and `<!-- end -->`.
+Directories: seedN holds a run of our recipe, with its log.jsonl and a folder for each evaluation; expert and random hold the
+evaluations of these; fast is a short run of our recipe and paper one of the paper's; methods/NAME holds one evaluation,
+recipe/NAME and ablations/NAME one and the run's log. A table stands between `<!-- NAME -->` and `<!-- end -->`.
 """
 import json
 import math
@@ -76,13 +76,11 @@ def over_seeds(values):
 def results(seeds):
     rows = [("policy", "published, 1 / 5 shots", "here, 1 shot", "here, 5 shots", "trials per figure")]
     for policy in ("random", "tecnets", "no-demo", "expert"):
-        if policy == "tecnets":
-            reports = [load(seed / "test")["results"] for seed in seeds]
-            cells = ["**" + over_seeds([report[i]["success_rate"] for report in reports]) + "**" for i in (0, 1)]
-            trials = f"{len(seeds)} seed{'s' * (len(seeds) > 1)} x {reports[0][0]['n_trials']}"
-        else:
-            result = load(seeds[0] / policy)["results"][0]
-            cells, trials = [percent(result), ""], str(result["n_trials"])
+        folders = {"tecnets": [seed / "test" for seed in seeds], "no-demo": [seed / "no-demo" for seed in seeds]}.get(policy, [HERE / policy])
+        by_shots = list(zip(*(load(folder)["results"] for folder in folders)))
+        cells = [over_seeds([result["success_rate"] for result in runs]) if len(runs) > 1 else percent(runs[0]) for runs in by_shots]
+        cells = [f"**{cell}**" for cell in cells] if policy == "tecnets" else [*cells, ""]
+        trials = f"{len(folders)} seeds x " * (len(folders) > 1) + str(by_shots[0][0]["n_trials"])
         rows.append((NAMES[policy], PUBLISHED.get(policy, ""), *cells, trials))
     return grid(*rows)
 
@@ -97,9 +95,10 @@ def every_seed(seeds):
         for result in report["results"]:
             rows.append((seed.name.removeprefix("seed"), str(result["shots"]), percent(result), *measures(result),
                          both(result), validation, *length(last)))
-    for policy in ("no-demo", "expert", "random"):
-        result = load(seeds[0] / policy)["results"][0]
-        rows.append((f"`{policy}`", "", percent(result), *measures(result), both(result), "", "", ""))
+    others = [(f"{seed.name.removeprefix('seed')}, `no-demo`", seed / "no-demo") for seed in seeds]
+    for name, folder in (*others, ("`expert`", HERE / "expert"), ("`random`", HERE / "random")):
+        result = load(folder)["results"][0]
+        rows.append((name, "", percent(result), *measures(result), both(result), "", "", ""))
     return grid(*rows)
 
 
@@ -239,7 +238,7 @@ def filled():
               HERE / "README.md": {
                   "seeds": every_seed(SEEDS), "methods": methods(compared), "recipe": one_change(HERE / "recipe"), "ablations": one_change(HERE / "ablations"),
                   "short": short_runs(load(HERE / "fast" / "val"), load(HERE / "paper" / "val")),
-                  "map": sentences(json.loads((SEEDS[0] / "embedding-map.png.json").read_text())),
+                  "map": sentences(json.loads((HERE / "embedding-map.png.json").read_text())),
                   "costs": costs(json.loads((HERE / "benchmark.json").read_text())),
                   "processes": processes(json.loads((HERE / "processes.json").read_text()))}}
     return {path: fill(path.read_text(), own) for path, own in tables.items()}
