@@ -167,7 +167,7 @@ def sentences(figures):
 
 def costs(report):
     seconds = lambda s: f"{1000 * s:.1f} ms" if s < 0.1 else f"{s:.2f} s"
-    step, act, loader, memory = (report[name] for name in ("training_step", "act", "loader", "memory"))
+    step, mil, act, loader, memory = (report[name] for name in ("training_step", "mil_step", "act", "loader", "memory"))
     one, several = list(report["evaluation"].values())
     small, large, _ = memory.values()
     return grid(
@@ -175,7 +175,10 @@ def costs(report):
         ("training step, 64 tasks, 256 control images, 128 demonstrations",
          f"{seconds(step['bfloat16'])} in bfloat16, {seconds(step['float32'])} in float32; plain formulation {seconds(step['plain'])}, "
          f"or {seconds(step['plain, memory kept'])} with our setting of glibc's allocator (float32); "
-         f"{step['bfloat16 / roofline']:.1f} times the roofline"),
+         f"in bfloat16 {step['bfloat16 / roofline']:.1f} times the roofline"),
+        *((f"training step of MIL, 15 tasks, {frames} frames of the demonstration and of the query, float32",
+           f"{seconds(mil[f'{frames} + {frames} frames, ours'])}, plain {seconds(mil[f'{frames} + {frames} frames, plain'])}")
+          for frames in (10, 20)),
         ("one action, one core", f"{seconds(act['ours'])}, plain {seconds(act['plain'])}"),
         ("a batch for that step", f"{seconds(loader['batch'])} beside the step, which it slows by {100 * (loader['slow-down'] - 1):.0f} %"),
         ("control step of the simulator, one core",
@@ -240,7 +243,7 @@ def filled():
                   "short": short_runs(load(HERE / "fast" / "val"), load(HERE / "paper" / "val")),
                   "map": sentences(json.loads((HERE / "embedding-map.png.json").read_text())),
                   "costs": costs(json.loads((HERE / "benchmark.json").read_text())),
-                  "processes": processes(json.loads((HERE / "processes.json").read_text()))}}
+                  "processes": processes(json.loads((HERE / "benchmark.json").read_text()))}}
     return {path: fill(path.read_text(), own) for path, own in tables.items()}
 
 
