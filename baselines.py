@@ -8,7 +8,7 @@ Settings are those of MIL's public code (github.com/tianheyu927/mil, scripts/run
 section 6 and appendix A.2), simulated pushing, video only: the frames of a demonstration are seen, its
 states and actions are not. The other two have no public code; they take MIL's layers.
 
-Some things differ from the published, for speed. MIL reads 10 evenly spaced frames of a demonstration
+Some things differ from the published, most for speed. MIL reads 10 evenly spaced frames of a demonstration
 and draws 10 control samples from three others, where it had all 100 of each of two. The LSTM reads 10 frames. The LSTM
 and contextual draw 8 control samples and run in bfloat16. Tasks drawn by pairs, 16 in a step (published: 15, independent),
 how the times of control samples are drawn, the mirror and the changes of colours are those of our TecNets. The learning rate

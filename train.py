@@ -55,8 +55,8 @@ METHODS = {
 }
 # Every hyper-parameter: type, default (our recipe for two cores), help.
 OPTIONS = {
-    "method": (choice(*METHODS), "tecnets", f"one of {', '.join(METHODS)}; the baselines change the defaults of --support, --random-support, --query, --features, "
-               "--samples, --schedule, --demo-frames and --bfloat16"),
+    "method": (choice(*METHODS), "tecnets", f"one of {', '.join(METHODS)}; the baselines change the defaults of --support, "
+               "--random-support, --query, --features, --samples, --schedule, --demo-frames and --bfloat16"),
     "data": (str, "data/push", "folder of the data set, made when absent"),
     "tasks": (number(int, 1), None, "training tasks to use (default: all)"),
     "val_tasks": (number(int, 1), None, "validation tasks to use (default: all)"),

@@ -237,13 +237,14 @@ def fill(text, tables):
 def filled():
     """{path: its text with all tables filled} of both READMEs."""
     compared = sorted(path.parent for path in (HERE / "methods").glob("*/results.json"))
+    benchmark = json.loads((HERE / "benchmark.json").read_text())
     tables = {HERE.parent / "README.md": {"results": results(SEEDS)},
               HERE / "README.md": {
                   "seeds": every_seed(SEEDS), "methods": methods(compared), "recipe": one_change(HERE / "recipe"), "ablations": one_change(HERE / "ablations"),
                   "short": short_runs(load(HERE / "fast" / "val"), load(HERE / "paper" / "val")),
                   "map": sentences(json.loads((HERE / "embedding-map.png.json").read_text())),
-                  "costs": costs(json.loads((HERE / "benchmark.json").read_text())),
-                  "processes": processes(json.loads((HERE / "benchmark.json").read_text()))}}
+                  "costs": costs(benchmark),
+                  "processes": processes(benchmark)}}
     return {path: fill(path.read_text(), own) for path, own in tables.items()}
 
 
