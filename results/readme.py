@@ -150,7 +150,7 @@ def short_runs(ours, papers):
     """A sentence on each of the two short runs, of our recipe and of the paper's."""
     texts = []
     for text, report in (("A shorter run did most of it: {} on 400 tasks gave {} (`fast/`).", ours),
-                         ("The paper's own recipe (`--preset paper`), stopped after {} on 400 tasks, gave {} (`paper/`).", papers)):
+                         ("The paper's own recipe (`--preset paper`), stopped after {} on all tasks, gave {} (`paper/`).", papers)):
         result, network = report["results"][0], report["network"]
         texts.append(text.format(f"{network['seconds'] / 60:.0f} minutes of training ({network['step']:,} steps)",
                                  f"{percent(result)} % of {result['n_trials']} validation trials, one shot"))
