@@ -21,6 +21,7 @@ SEEDS = sorted(HERE.glob("seed*"))
 sys.path.insert(0, str(HERE.parent))
 from common import write_atomically
 from evaluate import summary
+from train import BEFORE, DEFAULTS
 
 PUBLISHED = {"random": "0.45", "lstm": "34.23 / 31.98", "contextual": "56.98 / 59.01", "mil": "66.44 / 70.50",
              "tecnets": "77.25 / 80.86 (unverified)"}
@@ -128,13 +129,14 @@ def one_change(parent):
     """A row for each one-shot evaluation in a folder, named after the training options that differ from those of `reference`."""
     rows = [("", "success [95 % interval]", "lost, won", *MEASURES, "both of a pair", "control loss, retrieval", "steps", "training")]
     recipe = load(parent / "reference")
-    recipe, expected = recipe["network"]["options"], passed(recipe["results"][0])
+    options = lambda report: {**DEFAULTS, **BEFORE, **report["network"]["options"]}  # those that came later, too
+    own, expected = options(recipe), passed(recipe["results"][0])
     folders = sorted(path.parent for path in parent.glob("*/results.json"))
     for folder in sorted(folders, key=lambda folder: folder.name != "reference"):
         report = load(folder)
         result, network = report["results"][0], report["network"]
         changed = [f"--{name.replace('_', '-')} {f'{value:g}' if isinstance(value, float) else value}"
-                   for name, value in network["options"].items() if value != recipe.get(name) and not name.startswith(("valid", "keep"))]
+                   for name, value in options(report).items() if value != own[name] and not name.startswith(("valid", "keep"))]
         if bool(changed) == (folder.name == "reference"):
             raise SystemExit(f"{folder}: its training options differ from those of `reference` by {changed or 'nothing'}")
         name, found = f"`{' '.join(changed)}`" if changed else "`reference`", passed(result)
