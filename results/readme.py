@@ -6,7 +6,8 @@ Every stored rate and interval is first computed again from its trial rows; a fi
 
 Directories: seedN holds a run of our recipe, with its log.jsonl and a folder for each evaluation; expert and random hold the
 evaluations of these; fast is a short run of our recipe and paper one of the paper's; methods/NAME holds one evaluation,
-recipe/NAME and ablations/NAME one and the run's log. A table stands between `<!-- NAME -->` and `<!-- end -->`.
+recipe/NAME and ablations/NAME one and the run's log; curve/step-N beside a log holds validation trials of the weights at
+that step. A table stands between `<!-- NAME -->` and `<!-- end -->`.
 """
 import json
 import math
@@ -149,13 +150,16 @@ def one_change(parent):
 
 
 def short_runs(ours, papers):
-    """A sentence on each of the two short runs, of our recipe and of the paper's."""
+    """Sentences on the two short runs, of our recipe and of the paper's."""
     texts = []
     for text, report in (("A shorter run did most of it: {} on 400 tasks gave {} (`fast/`).", ours),
                          ("The paper's own recipe (`--preset paper`), stopped after {} on all tasks, gave {} (`paper/`).", papers)):
         result, network = report["results"][0], report["network"]
         texts.append(text.format(f"{network['seconds'] / 60:.0f} minutes of training ({network['step']:,} steps)",
                                  f"{percent(result)} % of {result['n_trials']} validation trials, one shot"))
+    last = [json.loads(line) for line in (HERE / "paper" / "log.jsonl").read_text().splitlines()][-1]
+    texts.append(f"Its policy hardly uses the demonstration: the control loss on validation tasks is {last['val_loss_q']:.4f}, and "
+                 f"{last['val_loss_partner']:.4f} with the demonstration of the pair's other task (`paper/log.jsonl`).")
     return "\n".join(texts)
 
 
