@@ -57,7 +57,7 @@ METHODS = {
 OPTIONS = {
     "method": (choice(*METHODS), "tecnets", f"one of {', '.join(METHODS)}; the baselines change the defaults of --support, "
                "--random-support, --query, --features, --samples, --schedule, --demo-frames and --bfloat16"),
-    "data": (str, "data/push", "folder of the data set, made when absent"),
+    "data": (str, "data/push", "folder of the data set; the default one is made when absent"),
     "tasks": (number(int, 1), None, "training tasks to use (default: all)"),
     "val_tasks": (number(int, 1), None, "validation tasks to use (default: all)"),
     "minutes": (number(float, 0.1), 60.0, "training time, turned into a number of steps by a calibration"),
@@ -447,6 +447,8 @@ def start(folder, preset, resume, init, given):
         if (folder / "last.pt").exists():
             raise UserError(f"{folder} holds a run: go on with --resume, choose another --name, or delete it")
         checkpoint, options = None, {**choose_options(preset, given), "init": init}
+        if "data" in given:
+            read_manifest(Path(given["data"]))  # perhaps mistyped: not made
     if options["device"] == "cuda" and not torch.cuda.is_available():
         raise UserError("no cuda device here: choose --device cpu")
     join(options["device"])
