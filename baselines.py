@@ -6,13 +6,15 @@
 Settings are those of MIL's public code (github.com/tianheyu927/mil, scripts/run_sim_push.sh) and paper
 (Finn et al., One-Shot Visual Imitation Learning via Meta-Learning, CoRL 2017, arXiv 1709.04905,
 section 6 and appendix A.2), simulated pushing, video only: the frames of a demonstration are seen, its
-states and actions are not. The other two have no public code; they take MIL's layers.
+states and actions are not. The other two have no public code; they take MIL's convolutions and fully connected layers,
+without what MIL has for its inner step, the learned picture, numbers and loss.
 
-Some things differ from the published, most for speed. MIL reads 10 evenly spaced frames of a demonstration
-and draws 10 control samples from three others, where it had all 100 of each of two. The LSTM reads 10 frames. The LSTM
-and contextual draw 8 control samples and run in bfloat16. Tasks drawn by pairs, 16 in a step (published: 15, independent),
-how the times of control samples are drawn, the mirror and the changes of colours are those of our TecNets. The learning rate
-falls to zero in the last fifth of the steps (published: constant). METHODS in train.py lists other defaults.
+Some things differ from the published, most for speed. MIL reads 10 evenly spaced frames of one demonstration
+and draws 10 control samples from three others; it had all 100 frames of one and all 100 of another. The LSTM reads 10
+frames. The LSTM and contextual draw 8 control samples, from three demonstrations, too. Tasks drawn by pairs, 16 in a step
+(published: 15, independent), how the times of control samples are drawn, the mirror and the changes of colours are those
+of our TecNets, and so is the convolutions' padding, alike on both sides. The learning rate falls to zero in the last fifth
+of the steps (published: constant). METHODS in train.py lists other defaults.
 
 `embed` turns demonstrations into a context, `predict` and `act` take the place of TecNets' with
 the context for the sentence; what is given is checked as there. Dimensions in comments: B tasks, K demos
@@ -44,7 +46,7 @@ class Settings:
     inner_lr: float = 0.01  # of such a step
     inner_clip: float = 10.0  # of that gradient's elements
     action_scale: float = 50.0  # of the actions in MIL's inner and outer loss
-    second_order: bool = True  # the meta-gradient goes through the inner gradient; else inner_* are not trained
+    second_order: bool = True  # the meta-gradient goes through the inner gradient; else the learned loss stays as drawn
 
     def __post_init__(self):
         check_settings(self)
@@ -102,7 +104,7 @@ class Baseline(nn.Module):
         super().__init__()
         self.settings = settings
         self.use_bfloat16 = False  # run the networks in bfloat16, weights and losses stay float32
-        self.loss_scale = 1.0  # of gradients, which tells where Adam's epsilon counts
+        self.loss_scale = 1.0  # of gradients; to Adam it matters only beside its epsilon
         self.build()
         self.apply(_initialise)
         self.to(memory_format=torch.channels_last)
@@ -173,7 +175,11 @@ class Contextual(Baseline):
 
 
 class LSTM(Baseline):
-    """Reads a demo's n frames, with a state of zeros, then the current image and state."""
+    """Reads a demo's n frames, with a state of zeros, then the current image and state; actions are averaged over demos.
+
+    The cells start as TensorFlow's do, with biases of zero but 1 for the forget gate. PyTorch's random biases would give
+    a memory beside which what it holds of the demo is lost in rounding.
+    """
 
     def build(self):
         c = self.settings
@@ -181,7 +187,9 @@ class LSTM(Baseline):
         self.layers = nn.Sequential(nn.Linear(features + c.state_dim, c.units), nn.ReLU(),
                                     nn.Linear(c.units, c.units), nn.ReLU())
         self.lstm = nn.LSTM(c.units, c.lstm_units)
-        self.lstm.bias_hh_l0.data[c.lstm_units:2 * c.lstm_units] = 1  # of the forget gate, as TensorFlow's cells have it
+        for bias in (self.lstm.bias_ih_l0, self.lstm.bias_hh_l0):
+            nn.init.zeros_(bias)
+        nn.init.ones_(self.lstm.bias_hh_l0.data[c.lstm_units:2 * c.lstm_units])  # of the forget gate
         self.head = nn.Linear(c.lstm_units, c.action_dim)
 
     def _features(self, images, states):
@@ -213,7 +221,7 @@ class MILNet(nn.Module):
     """The network that MIL adapts.
 
     A learned picture is added to the image's channels, and learned numbers to the features. The
-    inner pass has a head of its own, whose output is the loss that is learned, and, as it sees no state,
+    inner pass has a head of its own, whose mean square is the loss that is learned, and, as it sees no state,
     a first fully connected layer of its own.
     """
 
@@ -240,7 +248,8 @@ class MILNet(nn.Module):
 class MIL(Baseline):
     """Meta imitation learning: a gradient step on the demo, then behaviour cloning with the new weights.
 
-    A context holds the adapted parameters. Norm biases and the inner pass's own layers are meta-learned, not adapted.
+    A context holds the adapted parameters. Norm biases, and layers that only one of the two passes has, are meta-learned,
+    not adapted.
     """
 
     def build(self):

@@ -51,9 +51,9 @@ class NetworkPolicy:
         self.model, self.demo_frames = model, demo_frames
 
     def adapt(self, demos):
-        ends = np.stack([demo["frames"][evenly_spaced(len(demo["frames"]), self.demo_frames)] for demo in demos])
+        frames = np.stack([demo["frames"][evenly_spaced(len(demo["frames"]), self.demo_frames)] for demo in demos])
         with torch.no_grad():
-            self.context = self.model.embed(torch.from_numpy(ends))  # of (K, n, H, W, 3); TecNets' sentence
+            self.context = self.model.embed(torch.from_numpy(frames))  # of (K, n, H, W, 3); TecNets' sentence
 
     def act(self, obs):
         return self.model.act(torch.from_numpy(obs["image"]), torch.from_numpy(obs["state"]), self.context).numpy()

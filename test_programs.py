@@ -1006,6 +1006,7 @@ def stamps(folder):
     (train, "--data {trained}", "data.py --out"),
     (train, "--preset smoke --data data/smock", "no data set in data/smock"),
     (train, "--preset none", "--preset"),
+    (train, "--preset paper --method mil", "leave it out"),
     (train, "--resume --name none", "no checkpoint"),
     (train, "--resume --name run --lr 0.1", "another --lr"),
     (train, "--resume --name run --method mil", "another --method"),

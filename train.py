@@ -45,13 +45,13 @@ LOG_STEPS = 50
 LOSS_OPTIONS = ("margin", "lambda_emb", "lambda_U", "lambda_q", "normalise_queries", "support_mean", "negatives", "hinge_mean",
                 "ends")
 INNER_OPTIONS = "second_order", "inner_steps"
-BASELINES = dict(support=1, random_support=0, query=3, features="points", schedule="hold")
+BASELINES = dict(support=1, random_support=0, query=3, features="points", schedule="hold", bfloat16=0)
 METHODS = {
     "tecnets": (TecNets, tecnets.Settings, {}, ("demo_frames", *INNER_OPTIONS)),
     "contextual": (baselines.Contextual, baselines.Settings, dict(BASELINES, samples=8),
                    ("demo_frames", *INNER_OPTIONS, *LOSS_OPTIONS)),
     "lstm": (baselines.LSTM, baselines.Settings, dict(BASELINES, samples=8, demo_frames=10), (*INNER_OPTIONS, *LOSS_OPTIONS)),
-    "mil": (baselines.MIL, baselines.Settings, dict(BASELINES, samples=10, demo_frames=10, bfloat16=0), LOSS_OPTIONS),
+    "mil": (baselines.MIL, baselines.Settings, dict(BASELINES, samples=10, demo_frames=10), LOSS_OPTIONS),
 }
 # Every hyper-parameter: type, default (our recipe for two cores), help.
 OPTIONS = {
@@ -418,6 +418,8 @@ def choose_options(preset, given):
     if "minutes" in given:
         preset_options["steps"] = None
     method = given.get("method", "tecnets")
+    if preset == "paper" and method != "tecnets":
+        raise UserError(f"--preset paper is a recipe of tecnets: leave it out, {method} has its own settings")
     _, _, changed, unused = METHODS[method]
     for name in given:
         if name in unused:
