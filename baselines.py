@@ -7,7 +7,7 @@ Settings are those of MIL's public code (github.com/tianheyu927/mil, scripts/run
 (Finn et al., One-Shot Visual Imitation Learning via Meta-Learning, CoRL 2017, arXiv 1709.04905,
 section 6 and appendix A.2), simulated pushing, video only: the frames of a demonstration are seen, its
 states and actions are not. The other two have no public code; they take MIL's convolutions and fully connected layers,
-without what MIL has for its inner step, the learned picture, numbers and loss.
+without what MIL has for its inner step: the learned picture, numbers and loss.
 
 Some things differ from the published, most for speed. MIL reads 10 evenly spaced frames of one demonstration
 and draws 10 control samples from three others; it had all 100 frames of one and all 100 of another. The LSTM reads 10
@@ -177,8 +177,8 @@ class Contextual(Baseline):
 class LSTM(Baseline):
     """Reads a demo's n frames, with a state of zeros, then the current image and state; actions are averaged over demos.
 
-    The cells start as TensorFlow's do, with biases of zero but 1 for the forget gate. PyTorch's random biases would give
-    a memory beside which what it holds of the demo is lost in rounding.
+    The cells start as TensorFlow's do, with biases of 0, and of 1 for the forget gate. PyTorch's random biases would fill
+    the memory with numbers that do not depend on the demo.
     """
 
     def build(self):
