@@ -140,7 +140,7 @@ class Baseline(nn.Module):
         check_batch(self.settings, batch, "n")
         images, states, actions = (batch[name][:, 1] for name in ("images", "states", "actions"))
         B, total = len(gathered(actions)), 0.0
-        frames = images.shape[1] + batch["frames_U"].shape[1] * batch["frames_U"].shape[2]
+        frames = batch["frames_U"].shape[1] * (images.shape[1] + batch["frames_U"].shape[2])  # at most: of each demo with all samples
         for part in torch.arange(len(images)).split(max(1, chunk // frames)):
             at = slice(int(part[0]), int(part[-1]) + 1)
             prediction = self.predict(images[at], states[at], self.embed(batch["frames_U"][at]))
