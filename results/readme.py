@@ -5,9 +5,9 @@
 Every stored rate and interval is first computed again from its trial rows; a figure that differs stops the program.
 
 Directories: seedN holds a run of our recipe, with its log.jsonl and a folder for each evaluation; expert and random hold the
-evaluations of these; fast is a short run of our recipe and paper one of the paper's; methods/NAME holds one evaluation,
-recipe/NAME and ablations/NAME one and the run's log; curve/step-N beside a log holds validation trials of the weights at
-that step. A table stands between `<!-- NAME -->` and `<!-- end -->`.
+evaluations of these; fast is a short run of our recipe and paper one of the paper's; methods/NAME holds a baseline's run;
+recipe/NAME and ablations/NAME one evaluation and the run's log; curve/step-N beside a log holds validation trials of the
+weights at that step. A table stands between `<!-- NAME -->` and `<!-- end -->`.
 """
 import json
 import math
@@ -28,6 +28,10 @@ PUBLISHED = {"random": "0.45", "lstm": "34.23 / 31.98", "contextual": "56.98 / 5
              "tecnets": "77.25 / 80.86 (unverified)"}
 NAMES = {"random": "random actions", "lstm": "LSTM", "contextual": "contextual", "mil": "MIL, video only",
          "tecnets": "TecNets", "no-demo": "TecNets with a zero sentence (`no-demo`)", "expert": "scripted expert"}
+METHODS = {name: HERE / "methods" / name for name in ("mil",)} | {"tecnets": HERE / "seed2"}
+COLOURS = {"lstm": "#7f8c8d", "contextual": "#2e86c1", "mil": "#d68910", "tecnets": "#c0392b"}
+CORES = {"lstm": 1, "contextual": 1, "mil": 2, "tecnets": 2}  # that a method's run had
+EQUAL_CORE_HOURS = 2 * 100 / 60  # 100 minutes on two cores
 MEASURES = {"final distance < 0.05 m": "strict_success_rate", "distractor moved > 0.03 m": "distractor_moved_rate"}
 
 
@@ -76,15 +80,22 @@ def over_seeds(values):
 
 
 def results(seeds):
-    rows = [("policy", "published, 1 / 5 shots", "here, 1 shot", "here, 5 shots", "trials per figure")]
-    for policy in ("random", "tecnets", "no-demo", "expert"):
-        folders = {"tecnets": [seed / "test" for seed in seeds], "no-demo": [seed / "no-demo" for seed in seeds]}.get(policy, [HERE / policy])
+    rows = [("policy", "published, 1 / 5 shots", "here, 1 shot", "here, 5 shots", "trials per figure", "training, core-hours")]
+    for policy in ("random", *METHODS, "no-demo", "expert"):
+        folders = {"tecnets": [seed / "test" for seed in seeds], "no-demo": [seed / "no-demo" for seed in seeds]}.get(
+            policy, [METHODS[policy] / "test" if policy in METHODS else HERE / policy])
         by_shots = list(zip(*(load(folder)["results"] for folder in folders)))
         cells = [over_seeds([result["success_rate"] for result in runs]) if len(runs) > 1 else percent(runs[0]) for runs in by_shots]
         cells = [f"**{cell}**" for cell in cells] if policy == "tecnets" else [*cells, ""]
         trials = f"{len(folders)} seeds x " * (len(folders) > 1) + str(by_shots[0][0]["n_trials"])
-        rows.append((NAMES[policy], PUBLISHED.get(policy, ""), *cells, trials))
+        hours = [core_hours(policy, load(folder)["network"]) for folder in folders] if policy in METHODS else []
+        rows.append((NAMES[policy], PUBLISHED.get(policy, ""), *cells, trials, f"{statistics.mean(hours):.1f}" if hours else ""))
     return grid(*rows)
+
+
+def core_hours(method, network):
+    """What the training took, from the evaluation of its weights."""
+    return network["seconds"] / 3600 * CORES[method]
 
 
 def every_seed(seeds):
@@ -115,15 +126,64 @@ def passed(result):
     return {(row["task"], row["trial"]) for row in result["trials"] if row["success"]}
 
 
-def methods(folders):
-    """One-shot and five-shot evaluations; a folder is named after its method."""
-    rows = [("", "published", "1 shot", "5 shots", "both, 1 shot", "parameters", "adaptation", "action", "steps", "training")]
-    for folder in sorted(folders, key=lambda folder: list(NAMES).index(folder.name)):
-        report = load(folder)
+def last_validation(folder):
+    """The last row of a run's log with the losses on validation tasks."""
+    log = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+    return [row for row in log if "val_loss_q" in row][-1]
+
+
+def methods():
+    """The paper's comparison, each method at its last step."""
+    rows = [("", "shots", "success [95 % interval]", *MEASURES, "both of a pair", "control loss, partner's", "parameters",
+             "adaptation", "action", "steps", "training")]
+    for method, folder in METHODS.items():
+        report, losses = load(folder / "test"), last_validation(folder)
         network = report["network"]
-        rows.append((NAMES[folder.name], PUBLISHED[folder.name], *(percent(result) for result in report["results"]),
-                     both(report["results"][0]), f"{network['parameters']:,}", f"{network['adapt_ms']:.1f} ms", f"{network['act_ms']:.1f} ms", *length(network)))
+        once = (f"{losses['val_loss_q']:.4f}, {losses['val_loss_partner']:.4f}", f"{network['parameters']:,}",
+                f"{network['adapt_ms']:.1f} ms", f"{network['act_ms']:.1f} ms", f"{network['step']:,}",
+                f"{core_hours(method, network):.1f} core-hours")
+        for result in report["results"]:
+            rows.append((NAMES[method], str(result["shots"]), percent(result), *measures(result), both(result), *once))
     return grid(*rows)
+
+
+def curve(method):
+    """[(core-hours, the evaluation's report), ...] of the weights kept along a method's run, on validation trials."""
+    reports = [load(path.parent) for path in (METHODS[method] / "curve").glob("*/results.json")]
+    return sorted(((core_hours(method, report["network"]), report) for report in reports), key=lambda point: point[0])
+
+
+def equal_time():
+    """The last weights that each method had kept within EQUAL_CORE_HOURS."""
+    rows = [("", "validation, 1 shot", "both of a pair", "steps", "core-hours")]
+    for method in METHODS:
+        hours, report = [point for point in curve(method) if point[0] <= EQUAL_CORE_HOURS][-1]
+        result = report["results"][0]
+        rows.append((NAMES[method], percent(result), both(result), f"{report['network']['step']:,}", f"{hours:.1f}"))
+    return grid(*rows)
+
+
+def failures():
+    """What happened in the one-shot test trials that failed; a trial counts once, in the first column that holds."""
+    kinds = {"the distractor moved > 0.1 m": lambda row, _: row["distractor_displacement"] > 0.1,
+             "neither object moved": lambda row, rest: row["distractor_displacement"] <= 0.03 and abs(row["final_distance"] - rest) < 0.02,
+             "other": lambda row, _: True}
+    rest = {(row["task"], row["trial"]): row["final_distance"] for row in load(HERE / "random")["results"][0]["trials"]}
+    rows = [("", "failed", *kinds)]
+    for method, folder in METHODS.items():
+        result = load(folder / "test")["results"][0]
+        failed = [row for row in result["trials"] if not row["success"]]
+        found = [next(kind for kind, holds in kinds.items() if holds(row, rest[row["task"], row["trial"]])) for row in failed]
+        rows.append((NAMES[method], f"{len(failed)} of {result['n_trials']}", *(str(found.count(kind)) for kind in kinds)))
+    return grid(*rows)
+
+
+def success_curves(path):
+    """Success on validation trials along each method's run."""
+    lines = [(NAMES[method], COLOURS[method], [(hours, 100 * report["results"][0]["success_rate"]) for hours, report in curve(method)])
+             for method in METHODS]
+    last = max(points[-1][0] for _, _, points in lines)
+    chart(path, lines, "core-hours of training", range(0, math.ceil(last) + 1), range(0, 101, 20), legend="bottom")
 
 
 def one_change(parent):
@@ -142,8 +202,7 @@ def one_change(parent):
             raise SystemExit(f"{folder}: its training options differ from those of `reference` by {changed or 'nothing'}")
         name, found = f"`{' '.join(changed)}`" if changed else "`reference`", passed(result)
         against = f"{len(expected - found)}, {len(found - expected)}" if changed else ""
-        log = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
-        last = [row for row in log if "val_loss_q" in row][-1]
+        last = last_validation(folder)
         validation = f"{last['val_loss_q']:.4f}, {100 * last['val_accuracy']:.1f} %"
         rows.append((name, percent(result), against, *measures(result), both(result), validation, *length(network)))
     return grid(*rows)
@@ -200,8 +259,11 @@ def processes(report):
                   for name, value in report["feeding"].items()))
 
 
-def chart(path, lines, x_label, x_ticks, y_ticks, scale=float, width=900, height=420, margin=60):
-    """Draw lines [(label, colour, [(x, y), ...]), ...] between the first and the last tick; `scale` is applied to y and its ticks."""
+def chart(path, lines, x_label, x_ticks, y_ticks, scale=float, legend="top", width=900, height=420, margin=60):
+    """Draw lines [(label, colour, [(x, y), ...]), ...] between the first and the last tick; `scale` is applied to y and its ticks.
+
+    The legend stands on the right, at the "top" or the "bottom".
+    """
     (left, right), (bottom, top) = (x_ticks[0], x_ticks[-1]), sorted(map(scale, (y_ticks[0], y_ticks[-1])))
     at = lambda x, y: (margin + (width - 2 * margin) * (x - left) / (right - left),
                        margin / 2 + (height - 1.5 * margin) * min(1, max(0, (top - scale(y)) / (top - bottom))))
@@ -215,8 +277,10 @@ def chart(path, lines, x_label, x_ticks, y_ticks, scale=float, width=900, height
     draw.text((width / 2, height - 22), x_label, "black", font, "mt")
     for _, colour, points in lines:
         draw.line([at(*point) for point in points], colour, 2)
-    for place, (label, colour) in enumerate(dict.fromkeys((label, colour) for label, colour, _ in lines)):
-        draw.text((width - margin - 8, margin / 2 + 8 + 20 * place), label, colour, font, "rt")
+    labels = dict.fromkeys((label, colour) for label, colour, _ in lines)
+    upper = margin / 2 + 8 if legend == "top" else height - margin - 20 * len(labels)
+    for place, (label, colour) in enumerate(labels):
+        draw.text((width - margin - 8, upper + 20 * place), label, colour, font, "rt")
     write_atomically(path, lambda file: picture.save(file, "png"))
 
 
@@ -242,11 +306,10 @@ def fill(text, tables):
 
 def filled():
     """{path: its text with all tables filled} of both READMEs."""
-    compared = sorted(path.parent for path in (HERE / "methods").glob("*/results.json"))
     benchmark = json.loads((HERE / "benchmark.json").read_text())
     tables = {HERE.parent / "README.md": {"results": results(SEEDS)},
               HERE / "README.md": {
-                  "seeds": every_seed(SEEDS), "methods": methods(compared), "recipe": one_change(HERE / "recipe"), "ablations": one_change(HERE / "ablations"),
+                  "seeds": every_seed(SEEDS), "methods": methods(), "equal": equal_time(), "failures": failures(), "recipe": one_change(HERE / "recipe"), "ablations": one_change(HERE / "ablations"),
                   "short": short_runs(load(HERE / "fast" / "val"), load(HERE / "paper" / "val")),
                   "map": sentences(json.loads((HERE / "embedding-map.png.json").read_text())),
                   "costs": costs(benchmark),
@@ -260,6 +323,7 @@ def main():
     for path, text in filled().items():
         write_atomically(path, lambda file: file.write(text.encode()))
     learning_curves(HERE / "learning-curves.png", SEEDS)
+    success_curves(HERE / "success-curves.png")
 
 
 if __name__ == "__main__":
