@@ -1,6 +1,6 @@
 """The paper's baselines, with TecNets' calls: a contextual policy, an LSTM policy, and MIL.
 
-    python train.py --method mil --name mil
+    python train.py --method mil --name mil --steps 30000
     python evaluate.py --checkpoint runs/mil/last.pt --out runs/mil/test
 
 Settings are those of MIL's public code (github.com/tianheyu927/mil, scripts/run_sim_push.sh) and paper
@@ -9,12 +9,11 @@ section 6 and appendix A.2), simulated pushing, video only: the frames of a demo
 states and actions are not. The other two have no public code; they take MIL's convolutions and fully connected layers,
 without what MIL has for its inner step: the learned picture, numbers and loss.
 
-Some things differ from the published, most for speed. MIL reads 10 evenly spaced frames of one demonstration
-and draws 10 control samples from three others; it had all 100 frames of one and all 100 of another. The LSTM reads 10
-frames. The LSTM and contextual draw 8 control samples, from three demonstrations, too. Tasks drawn by pairs, 16 in a step
-(published: 15, independent), how the times of control samples are drawn, the mirror and the changes of colours are those
-of our TecNets, and so is the convolutions' padding, alike on both sides. The learning rate falls to zero in the last fifth
-of the steps (published: constant). METHODS in train.py lists other defaults.
+Some things differ from the published. For speed, MIL reads 10 evenly spaced frames of one demonstration and draws 10
+control samples from three others; it had all 100 frames of one and all 100 of another. The LSTM reads 10 frames, and the
+LSTM and contextual draw 8 control samples, from three demonstrations, too. As in our TecNets, tasks are drawn by pairs, 16
+in a step (published: 15, independent), control samples favour the start, there are mirror and changed colours, and
+convolutions pad both sides alike. The learning rate falls to zero in the last fifth of the steps (published: constant).
 
 `embed` turns demonstrations into a context, `predict` and `act` take the place of TecNets' with
 the context for the sentence; what is given is checked as there. Dimensions in comments: B tasks, K demos
@@ -140,7 +139,7 @@ class Baseline(nn.Module):
         check_batch(self.settings, batch, "n")
         images, states, actions = (batch[name][:, 1] for name in ("images", "states", "actions"))
         B, total = len(gathered(actions)), 0.0
-        frames = batch["frames_U"].shape[1] * (images.shape[1] + batch["frames_U"].shape[2])  # at most: of each demo with all samples
+        frames = batch["frames_U"].shape[1] * (images.shape[1] + batch["frames_U"].shape[2])  # at most
         for part in torch.arange(len(images)).split(max(1, chunk // frames)):
             at = slice(int(part[0]), int(part[-1]) + 1)
             prediction = self.predict(images[at], states[at], self.embed(batch["frames_U"][at]))

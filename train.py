@@ -1,7 +1,7 @@
 """Train TecNets, or a baseline of the paper, on demonstrations of pushing.
 
     python train.py --preset smoke      # everything in three minutes, to see it work
-    python train.py --name ours         # our recipe; makes the data set first if there is none
+    python train.py --name ours         # our recipe for an hour (--steps 33000: all of it); makes missing data first
     python train.py --resume --name ours
     python train.py --init results/weights.pt --data data/mine --lr 1e-4   # fine-tune
 
