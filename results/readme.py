@@ -62,7 +62,9 @@ def measures(result):
 
 
 def grid(*rows):
-    """A Markdown table; the first row is its head."""
+    """A Markdown table; the first row is its head. Raises ValueError if another has more or fewer cells."""
+    if any(len(row) != len(rows[0]) for row in rows):
+        raise ValueError(f"rows of different lengths: {rows}")
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
 
@@ -86,7 +88,7 @@ def results(seeds):
             policy, [METHODS[policy] / "test" if policy in METHODS else HERE / policy])
         by_shots = list(zip(*(load(folder)["results"] for folder in folders)))
         cells = [over_seeds([result["success_rate"] for result in runs]) if len(runs) > 1 else percent(runs[0]) for runs in by_shots]
-        cells = [f"**{cell}**" for cell in cells] if policy == "tecnets" else [*cells, ""]
+        cells = [f"**{cell}**" if policy == "tecnets" else cell for cell in cells] + [""] * (2 - len(cells))
         trials = f"{len(folders)} seeds x " * (len(folders) > 1) + str(by_shots[0][0]["n_trials"])
         hours = [core_hours(policy, load(folder)["network"]) for folder in folders] if policy in METHODS else []
         rows.append((NAMES[policy], PUBLISHED.get(policy, ""), *cells, trials, f"{statistics.mean(hours):.1f}" if hours else ""))
@@ -309,7 +311,9 @@ def filled():
     benchmark = json.loads((HERE / "benchmark.json").read_text())
     tables = {HERE.parent / "README.md": {"results": results(SEEDS)},
               HERE / "README.md": {
-                  "seeds": every_seed(SEEDS), "methods": methods(), "equal": equal_time(), "failures": failures(), "recipe": one_change(HERE / "recipe"), "ablations": one_change(HERE / "ablations"),
+                  "seeds": every_seed(SEEDS),
+                  "methods": methods(), "equal": equal_time(), "failures": failures(),
+                  "recipe": one_change(HERE / "recipe"), "ablations": one_change(HERE / "ablations"),
                   "short": short_runs(load(HERE / "fast" / "val"), load(HERE / "paper" / "val")),
                   "map": sentences(json.loads((HERE / "embedding-map.png.json").read_text())),
                   "costs": costs(benchmark),
