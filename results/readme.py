@@ -21,14 +21,14 @@ HERE = Path(__file__).resolve().parent
 SEEDS = sorted(HERE.glob("seed*"))
 sys.path.insert(0, str(HERE.parent))
 from common import write_atomically
-from evaluate import summary
+from evaluate import interval, summary
 from train import BEFORE, DEFAULTS
 
 PUBLISHED = {"random": "0.45", "lstm": "34.23 / 31.98", "contextual": "56.98 / 59.01", "mil": "66.44 / 70.50",
              "tecnets": "77.25 / 80.86 (unverified)"}
 NAMES = {"random": "random actions", "lstm": "LSTM", "contextual": "contextual", "mil": "MIL, video only",
          "tecnets": "TecNets", "no-demo": "TecNets with a zero sentence (`no-demo`)", "expert": "scripted expert"}
-METHODS = {name: HERE / "methods" / name for name in ("mil",)} | {"tecnets": HERE / "seed2"}
+METHODS = {name: HERE / "methods" / name for name in ("lstm", "contextual", "mil")} | {"tecnets": HERE / "seed2"}
 COLOURS = {"lstm": "#7f8c8d", "contextual": "#2e86c1", "mil": "#d68910", "tecnets": "#c0392b"}
 CORES = {"lstm": 1, "contextual": 1, "mil": 2, "tecnets": 2}  # that a method's run had
 EQUAL_CORE_HOURS = 2 * 100 / 60  # 100 minutes on two cores
@@ -136,17 +136,26 @@ def last_validation(folder):
 
 def methods():
     """The paper's comparison, each method at its last step."""
-    rows = [("", "shots", "success [95 % interval]", *MEASURES, "both of a pair", "control loss, partner's", "parameters",
-             "adaptation", "action", "steps", "training")]
+    rows = [("", "shots", "success [95 % interval]", "more than MIL", *MEASURES, "both of a pair", "control loss, partner's",
+             "parameters", "adaptation, action", "steps", "training")]
+    mil = {result["shots"]: result for result in load(METHODS["mil"] / "test")["results"]}
     for method, folder in METHODS.items():
         report, losses = load(folder / "test"), last_validation(folder)
         network = report["network"]
         once = (f"{losses['val_loss_q']:.4f}, {losses['val_loss_partner']:.4f}", f"{network['parameters']:,}",
-                f"{network['adapt_ms']:.1f} ms", f"{network['act_ms']:.1f} ms", f"{network['step']:,}",
+                f"{network['adapt_ms']:.1f}, {network['act_ms']:.1f} ms", f"{network['step']:,}",
                 f"{core_hours(method, network):.1f} core-hours")
         for result in report["results"]:
-            rows.append((NAMES[method], str(result["shots"]), percent(result), *measures(result), both(result), *once))
+            more = difference(result, mil[result["shots"]]) if method != "mil" else ""
+            rows.append((NAMES[method], str(result["shots"]), percent(result), more, *measures(result), both(result), *once))
     return grid(*rows)
+
+
+def difference(result, other):
+    """By how much an evaluation's success exceeds another's in the same scenes, with its interval."""
+    found = passed(other)
+    rows = [{**row, "success": row["success"] - ((row["task"], row["trial"]) in found)} for row in result["trials"]]
+    return percent({"success_rate": statistics.mean(row["success"] for row in rows), "ci95": interval(rows)})
 
 
 def curve(method):
