@@ -153,8 +153,8 @@ def methods():
 
 def difference(result, other):
     """By how much an evaluation's success exceeds another's in the same scenes, with its interval."""
-    found = passed(other)
-    rows = [{**row, "success": row["success"] - ((row["task"], row["trial"]) in found)} for row in result["trials"]]
+    others = {(row["task"], row["trial"]): row["success"] for row in other["trials"]}
+    rows = [{**row, "success": row["success"] - others[row["task"], row["trial"]]} for row in result["trials"]]
     return percent({"success_rate": statistics.mean(row["success"] for row in rows), "ci95": interval(rows)})
 
 
