@@ -593,6 +593,9 @@ def test_interrupted_training_equals_uninterrupted(data_set, trained, tmp_path, 
     job.train(stop=lambda: job.step == 23)
     run("train.py", "--name", "cut", "--resume", cwd=tmp_path)
     assert_same_run(tmp_path / "runs" / "cut", trained)
+    finished = (tmp_path / "runs" / "cut" / "last.pt").read_bytes()
+    run("train.py", "--name", "cut", "--resume", cwd=tmp_path)
+    assert (tmp_path / "runs" / "cut" / "last.pt").read_bytes() == finished
 
 
 @pytest.mark.parametrize("method", train.METHODS)

@@ -358,13 +358,13 @@ class Run:
             raise UserError(f"{self.folder}/last.pt does not hold the state of such a run: start another --name")
 
     def train(self, stop):
-        """Train to the last step, or until `stop()` in any process; whichever comes, last.pt holds the state."""
+        """Train to the last step, or until `stop()` in any process; either way last.pt holds the state."""
         def agreed():
             stops = torch.tensor(int(stop()), device=self.options["device"])
             add_up([stops])
             return stops
 
-        began, saved = time.monotonic() - self.seconds, time.monotonic()
+        first, began, saved = self.step, time.monotonic() - self.seconds, time.monotonic()
         kept = {math.ceil(self.steps * (i + 1) / self.options["keep"]) for i in range(self.options["keep"])}
         while self.step < self.steps and not agreed():
             losses = self.model.backward(to_tensors(next(self.loader), self.options["device"]), self.options["chunk"])
@@ -397,7 +397,8 @@ class Run:
             if time.monotonic() - saved > CHECKPOINT_SECONDS:
                 self.save("last.pt")
                 saved = time.monotonic()
-        self.save("last.pt")
+        if self.step > first:  # a finished run keeps its bytes: an evaluation knows its checkpoint by them
+            self.save("last.pt")
 
     def show(self):
         if not self.is_first:
