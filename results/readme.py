@@ -5,9 +5,9 @@
 Every stored rate and interval is first computed again from its trial rows; a figure that differs stops the program.
 
 Directories: seedN holds a run of our recipe, with its log.jsonl and a folder for each evaluation; expert and random hold the
-evaluations of these; fast is a short run of our recipe and paper one of the paper's; methods/NAME holds a baseline's run;
-recipe/NAME and ablations/NAME one evaluation and the run's log; curve/step-N beside a log holds validation trials of the
-weights at that step. A table stands between `<!-- NAME -->` and `<!-- end -->`.
+evaluations of these; fast is a short run of our recipe and paper one of the paper's; methods/NAME holds a baseline's run, and
+in first the run from whose weights it went on; recipe/NAME and ablations/NAME one evaluation and the run's log; curve/step-N
+beside a log holds validation trials of the weights at that step. A table stands between `<!-- NAME -->` and `<!-- end -->`.
 """
 import json
 import math
@@ -30,7 +30,7 @@ NAMES = {"random": "random actions", "lstm": "LSTM", "contextual": "contextual",
          "tecnets": "TecNets", "no-demo": "TecNets with a zero sentence (`no-demo`)", "expert": "scripted expert"}
 METHODS = {name: HERE / "methods" / name for name in ("lstm", "contextual", "mil")} | {"tecnets": HERE / "seed2"}
 COLOURS = {"lstm": "#7f8c8d", "contextual": "#2e86c1", "mil": "#d68910", "tecnets": "#c0392b"}
-CORES = {"lstm": 1, "contextual": 1, "mil": 2, "tecnets": 2}  # that a method's run had
+CORES = {"lstm": 1, "lstm, continued": 2, "contextual": 1, "mil": 2, "tecnets": 2}  # that a method's run had
 EQUAL_CORE_HOURS = 2 * 100 / 60  # 100 minutes on two cores
 MEASURES = {"final distance < 0.05 m": "strict_success_rate", "distractor moved > 0.03 m": "distractor_moved_rate"}
 
@@ -90,14 +90,19 @@ def results(seeds):
         cells = [over_seeds([result["success_rate"] for result in runs]) if len(runs) > 1 else percent(runs[0]) for runs in by_shots]
         cells = [f"**{cell}**" if policy == "tecnets" else cell for cell in cells] + [""] * (2 - len(cells))
         trials = f"{len(folders)} seeds x " * (len(folders) > 1) + str(by_shots[0][0]["n_trials"])
-        hours = [core_hours(policy, load(folder)["network"]) for folder in folders] if policy in METHODS else []
+        hours = [trained(policy, load(folder)["network"])[1] for folder in folders] if policy in METHODS else []
         rows.append((NAMES[policy], PUBLISHED.get(policy, ""), *cells, trials, f"{statistics.mean(hours):.1f}" if hours else ""))
     return grid(*rows)
 
 
-def core_hours(method, network):
-    """What the training took, from the evaluation of its weights."""
-    return network["seconds"] / 3600 * CORES[method]
+def trained(method, network):
+    """(steps, core-hours) of a method's training up to the weights of an evaluation, with the run from which it went on."""
+    init = network["options"].get("init")
+    steps, hours = network["step"], network["seconds"] / 3600 * CORES[f"{method}, continued" if init else method]
+    if init:
+        first = trained(method, load(METHODS[method] / "first" / "curve" / Path(init).stem)["network"])
+        steps, hours = steps + first[0], hours + first[1]
+    return steps, hours
 
 
 def every_seed(seeds):
@@ -142,9 +147,9 @@ def methods():
     for method, folder in METHODS.items():
         report, losses = load(folder / "test"), last_validation(folder)
         network = report["network"]
+        steps, hours = trained(method, network)
         once = (f"{losses['val_loss_q']:.4f}, {losses['val_loss_partner']:.4f}", f"{network['parameters']:,}",
-                f"{network['adapt_ms']:.1f}, {network['act_ms']:.1f} ms", f"{network['step']:,}",
-                f"{core_hours(method, network):.1f} core-hours")
+                f"{network['adapt_ms']:.1f}, {network['act_ms']:.1f} ms", f"{steps:,}", f"{hours:.1f} core-hours")
         for result in report["results"]:
             more = difference(result, mil[result["shots"]]) if method != "mil" else ""
             rows.append((NAMES[method], str(result["shots"]), percent(result), more, *measures(result), both(result), *once))
@@ -159,18 +164,18 @@ def difference(result, other):
 
 
 def curve(method):
-    """[(core-hours, the evaluation's report), ...] of the weights kept along a method's run, on validation trials."""
-    reports = [load(path.parent) for path in (METHODS[method] / "curve").glob("*/results.json")]
-    return sorted(((core_hours(method, report["network"]), report) for report in reports), key=lambda point: point[0])
+    """[(steps, core-hours, the evaluation's report), ...] of the weights kept along a method's run, on validation trials."""
+    reports = [load(path.parent) for path in METHODS[method].glob("**/curve/*/results.json")]
+    return sorted(((*trained(method, report["network"]), report) for report in reports), key=lambda point: point[0])
 
 
 def equal_time():
     """The last weights that each method had kept within EQUAL_CORE_HOURS."""
     rows = [("", "validation, 1 shot", "both of a pair", "steps", "core-hours")]
     for method in METHODS:
-        hours, report = [point for point in curve(method) if point[0] <= EQUAL_CORE_HOURS][-1]
+        steps, hours, report = [point for point in curve(method) if point[1] <= EQUAL_CORE_HOURS][-1]
         result = report["results"][0]
-        rows.append((NAMES[method], percent(result), both(result), f"{report['network']['step']:,}", f"{hours:.1f}"))
+        rows.append((NAMES[method], percent(result), both(result), f"{steps:,}", f"{hours:.1f}"))
     return grid(*rows)
 
 
@@ -191,7 +196,7 @@ def failures():
 
 def success_curves(path):
     """Success on validation trials along each method's run."""
-    lines = [(NAMES[method], COLOURS[method], [(hours, 100 * report["results"][0]["success_rate"]) for hours, report in curve(method)])
+    lines = [(NAMES[method], COLOURS[method], [(hours, 100 * report["results"][0]["success_rate"]) for _, hours, report in curve(method)])
              for method in METHODS]
     last = max(points[-1][0] for _, _, points in lines)
     chart(path, lines, "core-hours of training", range(0, math.ceil(last) + 1), range(0, 101, 20), legend="bottom")
