@@ -1,331 +1,219 @@
-"""What the programs share and no method needs: one-line errors, argument types, progress, workers, safe files."""
+"""What the programs share and no method needs: one-line errors, files, parallel jobs, progress."""
 import argparse
-import contextlib
-import fcntl
-import hashlib
-import importlib
+import concurrent.futures
 import importlib.metadata
-import io
-import itertools
-import multiprocessing.connection
+import json
+import math
+import multiprocessing
 import os
-import queue
-import re
 import secrets
 import signal
-import struct
-import subprocess
 import sys
 import threading
-import traceback
-import zipfile
+import time
 from pathlib import Path
 
-import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 
-TEMPORARY = ".unfinished"  # ends the names of files that are being written
-PACKAGES = ("torch", "numpy", "pillow", "pybullet", "pybullet-arm64")  # on which the numbers depend
+PACKAGES = ("torch", "numpy", "pillow", "pybullet", "pybullet-arm64")  # numbers depend on them
+_last_line = -60.0  # when progress printed a line
 
 
 class UserError(Exception):
     """A mistake that one line can tell a user how to mend."""
 
 
-class Parser(argparse.ArgumentParser):
-    """An argument parser that takes no abbreviated options and reports an error in one line, with exit code 2."""
+def run_program(main):
+    """Run a command-line program: a UserError or a failing disk is one line and exit code 2.
 
-    def __init__(self, **settings):
-        super().__init__(**settings, allow_abbrev=False)
-
-    def error(self, message):
-        fail(f"{message} (see --help)")
-
-
-def fail(message):
-    say(f"{Path(sys.argv[0]).name}: {message}", stream="stderr")
-    raise SystemExit(2)
-
-
-def say(*words, stream="stdout", **form):
-    """Print to a standard stream. Where nobody reads it any more the work goes on."""
-    with contextlib.suppress(OSError):
-        print(*words, file=getattr(sys, stream), flush=True, **form)
-
-
-def command(main, less="take less at a time"):
-    """Run a command-line program: a UserError, a failing disk or a lack of memory is one line and exit code 2.
-
-    `less` says what to change for want of memory. Ctrl-C and SIGTERM end a program and its workers at once; what was
-    done is on the disk. A standard stream that is closed, or whose reader has gone, ends nothing.
+    Ctrl-C and SIGTERM end it and its workers at once. What was done is on the disk.
     """
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        if getattr(sys, name) is None:  # closed: no file may take its number
-            descriptor = os.open(os.devnull, os.O_RDWR)
-            os.dup2(descriptor, number)
-            os.set_inheritable(number, True)
-            setattr(sys, name, open(number, "w" if number else "r"))
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # of a name that the terminal cannot show
-    signal.signal(signal.SIGTERM, lambda signal_number, _: sys.exit(128 + signal_number))
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
-        pinned = dict(re.findall(r"^([\w-]+)==([\w.]+)", (Path(__file__).parent / "requirements.txt").read_text(), re.M))
-        warn_of_packages(pinned, "requirements.txt")
         main()
     except (UserError, OSError) as error:
-        fail(error)
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryError) or re.search("out of memory|allocate memory|bad_alloc", str(error)):
-            fail(f"not enough memory: {less}")
-        if re.search("(closed|reset) by peer|NCCL|gloo", str(error)):
-            fail("another process of this job has ended, and with it this one: go on with --resume")
-        raise
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
-    finally:
-        for stream in (sys.stdout, sys.stderr):
-            try:
-                stream.flush()
-            except OSError:  # Python, too, flushes when it ends
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-def installed_packages():
-    """The version of every package on which the numbers depend, as manifests, checkpoints and results note it."""
-    found = ((name, [*importlib.metadata.distributions(name=name)]) for name in PACKAGES)
-    return {name: distributions[0].version.partition("+")[0] for name, distributions in found if distributions}
-
-
-def warn_of_packages(versions, source, warned=set()):
-    """Say in one line, once a package, that others are installed than those `versions` that `source` names."""
-    others = {name: version for name, version in installed_packages().items()
-              if versions.get(name, version) != version and name not in warned}
-    warned.update(others)
-    if others:
-        wanted = ", ".join(f"{name} {versions[name]}, not {version}" for name, version in others.items())
-        say(f"warning: numbers may differ: {source} has {wanted}, which is installed here", stream="stderr")
-
-
-def number(kind, low, high=1e9):
-    """An argparse type: a number of a kind within [low, high]."""
-    def parse(text):
-        value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not within {low} and {high}")
-        return value
-    parse.__name__ = kind.__name__
-    return parse
-
-
-def choice(*words):
-    """An argparse type: one of some words."""
-    def parse(text):
-        if text not in words:
-            raise argparse.ArgumentTypeError(f"{text} is not one of {', '.join(words)}")
-        return text
-    return parse
 
 
 def launched():
-    """(rank, number of processes, rank on this machine) as torchrun, srun and mpirun tell; (0, 1, 0) without them."""
-    for names in (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
-                  ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK")):
-        if all(name in os.environ for name in names):
-            return tuple(int(os.environ[name]) for name in names)
+    """(rank, number of processes, rank on this machine), as torchrun, srun or mpirun say.
+
+    (0, 1, 0) without them; a launcher that tells no rank on this machine gives each process one.
+    """
+    for rank, size, local_rank in (
+            ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+            ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
+            ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK")):
+        if rank in os.environ and size in os.environ:
+            return tuple(int(os.environ.get(name, 0)) for name in (rank, size, local_rank))
     return 0, 1, 0
-
-
-def progress(line, end=False):
-    """Show a line in place of the last one, on a terminal only."""
-    if sys.stderr and sys.stderr.isatty():
-        say(f"\r{line}\033[K", stream="stderr", end="\n" if end else "")
 
 
 def cores():
     """The number of processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
 
 
-WORKER = "import sys; sys.path[:] = sys.argv[2:]; import common; common.work(int(sys.argv[1]))"
+def installed_packages():
+    """The version of every package on which the numbers depend."""
+    names = {dist.name.lower(): dist.version for dist in importlib.metadata.distributions()}
+    return {name: names[name].partition("+")[0] for name in PACKAGES if name in names}
 
 
-def parallel(function, jobs, workers):
-    """Yield `function(*job)` for all jobs as they finish, in fresh processes of one core that end with this one.
+def progress(line, end=False):
+    """Show a line in place of the last one; where the output is no terminal, one a minute."""
+    global _last_line
+    if sys.stderr.isatty():
+        print(f"\r{line}\033[K", end="\n" if end else "", file=sys.stderr, flush=True)
+    elif end or time.monotonic() - _last_line >= 60:
+        print(line, file=sys.stderr, flush=True)
+        _last_line = time.monotonic()
 
-    `function` is a module's own: workers import that module and never run the calling script, which needs no guard.
-    Nothing of this process changes: environment, signals, streams, other children. Raises what the function
-    raises, and UserError, with the cause, if a process dies.
-    """
-    module = function.__module__
-    if module == "__main__":
-        module = Path(sys.modules[module].__file__).stem
-    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-    jobs, processes = ((module, function.__name__, job) for job in jobs), {}
+
+# Files that are whole or absent ---------------------------------------------------------------
+
+def write_atomically(path, write):
+    """Call `write(file)` on a temporary file beside `path`, then give it its name."""
+    temporary = Path(f"{path}.{secrets.token_hex(4)}.unfinished")
     try:
-        for job in itertools.islice(jobs, max(1, workers)):
-            ours, theirs = multiprocessing.Pipe()
-            words = [sys.executable, "-c", WORKER, str(theirs.fileno()), *map(str, sys.path)]
-            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited: Ctrl-C is for this process
-            try:
-                with theirs:
-                    process = processes[ours] = subprocess.Popen(words, env=environment, pass_fds=[theirs.fileno()])
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            ours.send(job)
-        while processes:
-            for connection in multiprocessing.connection.wait(list(processes)):
-                process = processes[connection]
-                result, error = connection.recv()
-                if error:
-                    raise error
-                if job := next(jobs, None):
-                    connection.send(job)
-                else:
-                    connection.close()
-                    processes.pop(connection).wait()
-                yield result
-    except (EOFError, ConnectionError):
-        code = process.wait()
-        cause = f"ended with exit code {code}, its own message says why" if code >= 0 else f"was ended by signal {-code}"
-        cause += ", perhaps for lack of memory: try fewer --workers" * (code == -signal.SIGKILL)
-        raise UserError(f"a worker process {cause}; the same command goes on")
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
     finally:
-        for connection, process in processes.items():
-            process.kill()
-            process.wait()
-            connection.close()
+        temporary.unlink(missing_ok=True)
 
 
-def work(descriptor):
-    """What a worker process does: the jobs that come, until its parent has no more or ends."""
-    connection, jobs = multiprocessing.connection.Connection(descriptor), queue.SimpleQueue()
-
-    def receive():
-        try:
-            while True:
-                jobs.put(connection.recv())
-        except (EOFError, ConnectionError):
-            os._exit(0)
-
-    threading.Thread(target=receive, daemon=True).start()
-    while True:
-        module, name, job = jobs.get()
-        try:
-            outcome = getattr(importlib.import_module(module), name)(*job), None
-        except Exception as error:
-            error.add_note(f"In a worker process:\n{traceback.format_exc()}")
-            outcome = None, error
-        connection.send(outcome)
+def write_json(path, values):
+    write_atomically(path, lambda file: file.write(json.dumps(values, indent=1).encode()))
 
 
-def share(text):
-    """An argparse type: I/N, the I-th of N shares of a job, I from 0 to N - 1."""
+def claim(path, settings, free=()):
+    """Note in the JSON file `path` the settings of its folder's files.
+
+    Raises UserError, which names what differs, if the folder was made with other settings; those
+    that are `free` may change.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found = json.loads(path.read_text()) if path.exists() else None
+    if found:
+        differing = [name for name in {**found, **settings}
+                     if name not in free and found.get(name) != settings.get(name)]
+        if differing:
+            raise UserError(f"{path.parent} has other settings ({', '.join(differing)}): "
+                            "give the same, choose another folder, or delete it")
+    if found != settings:
+        write_json(path, settings)
+
+
+def make_files(make, jobs, workers, shard=(0, 1), unit="files"):
+    """Make the files that are missing: call `make(path, *arguments)` in parallel for each job.
+
+    A job is a tuple (path, *arguments); `make`, a module's own function, writes the file whole. The
+    shard (i, N) is every N-th job from the i-th on. Returns how many files of all shards are
+    missing in the end. The same call goes on after a kill.
+    """
+    missing = [job for job in jobs[shard[0]::shard[1]] if not job[0].exists()]
+    start = time.monotonic()
+    spawn = multiprocessing.get_context("spawn")
+    pool = concurrent.futures.ProcessPoolExecutor(workers, spawn, _start_worker)
+    try:
+        futures = [pool.submit(make, *job) for job in missing]
+        for done, future in enumerate(concurrent.futures.as_completed(futures), 1):
+            future.result()
+            pace = (time.monotonic() - start) / done
+            left = len(missing) - done
+            progress(f"{done}/{len(missing)} {unit}, {60 / pace:.1f} a minute, "
+                     f"{pace * left / 60:.1f} min left", end=not left)
+    except BaseException as error:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        if isinstance(error, concurrent.futures.process.BrokenProcessPool):
+            raise UserError("a worker process was killed, perhaps for lack of memory: "
+                            "try fewer --workers; the same command goes on")
+        raise
+    pool.shutdown()
+    return sum(not job[0].exists() for job in jobs)
+
+
+def _start_worker():
+    """One thread, Ctrl-C left to the parent, and an end when the parent ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+
+    def watch():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def shard(text):
+    """An argparse type: I/N, the I-th of N shards of a job, I from 0 to N - 1."""
     part, _, parts = text.partition("/")
-    if not (part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
+    if not 0 <= int(part) < int(parts):
         raise argparse.ArgumentTypeError(f"{text} is not I/N with I from 0 to N - 1")
     return int(part), int(parts)
 
 
-@contextlib.contextmanager
-def locked(folder, part=0, parts=1):
-    """Make a folder and keep other processes from writing to it, but for those of other parts of the same job.
+# A picture of curves --------------------------------------------------------------------------
 
-    Raises UserError if one does. On a file system without locks it only warns: what a program goes on from is checked
-    in any case.
+def chart(path, lines, x_label, x_ticks, y_ticks, scale=float, legend="top"):
+    """Draw lines [(label, colour, [(x, y), ...]), ...] between the first and the last tick.
+
+    `scale` is applied to y and its ticks; the legend stands on the right, "top" or "bottom".
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    locks = [(".lock", fcntl.LOCK_SH), (f".lock-{part}-of-{parts}", fcntl.LOCK_EX)] if parts > 1 else [(".lock", fcntl.LOCK_EX)]
-    with contextlib.ExitStack() as stack:
-        for file, kind in [(stack.enter_context(open(folder / name, "w")), kind) for name, kind in locks]:
-            try:
-                fcntl.flock(file, kind | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"{folder} is being written by another process: wait for it or choose another folder")
-            except OSError as error:
-                say(f"warning: {file.name} cannot be locked ({error}): see to it that no other process writes there, or "
-                    "choose a folder on another disk", stream="stderr")
-        for stale in folder.glob("*" + TEMPORARY) if parts == 1 else ():  # left by killed processes
-            stale.unlink(missing_ok=True)
-        yield
+    width, height, margin = 900, 420, 60
+    left, right = x_ticks[0], x_ticks[-1]
+    bottom, top = scale(y_ticks[0]), scale(y_ticks[-1])
+
+    def at(x, y):
+        down = min(1, max(0, (top - scale(y)) / (top - bottom)))
+        return (margin + (width - 2 * margin) * (x - left) / (right - left),
+                margin / 2 + (height - 1.5 * margin) * down)
+
+    picture = Image.new("RGB", (width, height), "white")
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(15)
+    for y in y_ticks:
+        draw.line([at(left, y), at(right, y)], "#dddddd")
+        draw.text((margin - 8, at(left, y)[1]), f"{y:g}", "black", font, "rm")
+    for x in x_ticks:
+        draw.text((at(x, y_ticks[0])[0], height - margin + 8), f"{x:,}", "black", font, "mt")
+    draw.text((width / 2, height - 22), x_label, "black", font, "mt")
+    for _, colour, points in lines:
+        draw.line([at(x, y) for x, y in points], colour, 2)
+    labels = dict((label, colour) for label, colour, _ in lines)
+    y = margin / 2 + 8 if legend == "top" else height - margin - 20 * len(labels)
+    for label, colour in labels.items():
+        draw.text((width - margin - 8, y), label, colour, font, "rt")
+        y += 20
+    write_atomically(path, lambda file: picture.save(file, "png"))
 
 
-@contextlib.contextmanager
-def writing(path):
-    """Raises UserError, which names the file, if the disk fails within."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}): make room or mend that, and run the same again")
+def learning_curves(path, logs):
+    """Draw the control losses on training and validation tasks against steps, of one run or more.
 
-
-def write_atomically(path, write):
-    """Call `write(file)` on a temporary file beside `path`, then give it its name. Raises UserError if the disk fails."""
-    temporary = Path(f"{path}.{secrets.token_hex(4)}{TEMPORARY}")  # other machines may write the same
-    try:
-        with writing(path):
-            with open(temporary, "wb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-
-
-def write_checked(path, write):
-    """As write_atomically, and the SHA-256 of what was written as the last 32 bytes (zip readers skip them)."""
-    buffer = io.BytesIO()
-    write(buffer)
-    content = buffer.getbuffer()
-    write_atomically(path, lambda file: file.writelines((content, hashlib.sha256(content).digest())))
-
-
-def checked(content):
-    """What write_checked was given to write, of the bytes of its file. Raises ValueError if a single bit differs."""
-    content = memoryview(content)
-    if hashlib.sha256(content[:-32]).digest() != content[-32:]:
-        raise ValueError("checksum")
-    return content[:-32]
-
-
-def read_arrays(path, shapes, identity):
-    """The arrays of an npz file that write_checked wrote; `shapes` maps their names to (shape, dtype).
-
-    Of an array of bytes of any length, of the shape (None,), only the place is returned, a range of the file's bytes. The
-    last bytes of what was written are its `identity`. Takes no more memory than the file has bytes, whatever its headers
-    promise. Raises ValueError, which says what is wrong.
+    A log is the list of rows of a log.jsonl.
     """
-    content = path.read_bytes()
-    try:
-        content = checked(content)
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            arrays = {name: _read_array(content, archive, name, *shapes[name]) for name in shapes}
-    except WrongArray as error:
-        raise ValueError(f"is of another data set: {error}")
-    except (ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile):
-        raise ValueError("is damaged")
-    if content[-len(identity):] != identity:
-        raise ValueError("is of another data set, or of another task")
-    return arrays
-
-
-class WrongArray(Exception):
-    """An intact array of another shape or type than was asked for."""
-
-
-def _read_array(content, archive, name, shape, dtype):
-    info = archive.getinfo(name + ".npy")
-    if info.compress_type != zipfile.ZIP_STORED:
-        raise ValueError("compressed")
-    with archive.open(name + ".npy") as file:
-        np.lib.format.read_magic(file)
-        found, fortran_order, found_dtype = np.lib.format.read_array_header_1_0(file)
-        wanted = len(found) == len(shape) and all(n in (None, m) for n, m in zip(shape, found))
-        if not wanted or found_dtype != dtype or fortran_order:
-            raise WrongArray(f"{name} {found_dtype} {found}, not {dtype} {shape}")
-        if None in shape:  # after a header of the zip file, with two parts of variable length, and one of numpy's
-            start = info.header_offset + 30 + sum(struct.unpack_from("<HH", content, info.header_offset + 26)) + file.tell()
-            if found[0] != info.file_size - file.tell():
-                raise ValueError("length")
-            return range(start, start + found[0])
-        return np.frombuffer(file.read(), dtype).reshape(found)
+    lines = []
+    for colour, key, label in (("#9ab8dd", "loss_q", "training tasks"),
+                               ("#c0392b", "val_loss_q", "validation tasks")):
+        for log in logs:
+            points = [(row["step"], row[key]) for row in log if key in row]
+            lines.append((f"control loss, {label}", colour, points))
+    values = [y for _, _, points in lines for _, y in points]
+    last = max(x for _, _, points in lines for x, _ in points)
+    ticks = [sign * 10.0 ** power for power in range(-9, 9) for sign in (1, 3)]
+    first = max(tick for tick in ticks if tick <= min(values))
+    end = min(tick for tick in ticks if tick > max(values))
+    step = max(1, last // 5)
+    chart(path, lines, "steps", range(0, last + 1, step), [t for t in ticks if first <= t <= end],
+          math.log10)
