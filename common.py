@@ -23,6 +23,10 @@ class UserError(Exception):
     """A mistake that one line can tell a user how to mend."""
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """A program's docstring as it is, and the default of every option."""
+
+
 def run_program(main):
     """Run a command-line program: a UserError or a failing disk is one line and exit code 2.
 
@@ -80,6 +84,7 @@ def progress(line, end=False):
 def write_atomically(path, write):
     """Call `write(file)` on a temporary file beside `path`, then give it its name."""
     temporary = Path(f"{path}.{secrets.token_hex(4)}.unfinished")
+    temporary.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(temporary, "wb") as file:
             write(file)
@@ -100,7 +105,6 @@ def claim(path, settings, free=()):
     Raises UserError, which names what differs, if the folder was made with other settings; those
     that are `free` may change.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     found = json.loads(path.read_text()) if path.exists() else None
     if found:
         differing = [name for name in {**found, **settings}

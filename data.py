@@ -15,13 +15,14 @@ import os
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from common import (UserError, claim, cores, launched, make_files, run_program, shard,
-                    write_atomically, write_json)
+from common import (HelpFormatter, UserError, claim, cores, launched, make_files, run_program,
+                    shard, write_atomically, write_json)
 
 # The simulator is imported where demonstrations are recorded: to read data takes no PyBullet.
 
@@ -147,7 +148,6 @@ def write_task(path, demos):
               for name in ("states", "actions")}
     arrays["lengths"] = np.array([len(demo["frames"]) for demo in demos])
     arrays["offsets"] = np.cumsum([0] + [len(frame) for frame in frames])
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path.with_suffix(".frames"), lambda file: file.writelines(frames))
     write_atomically(path, lambda file: np.savez(file, **arrays))  # last: now the task is whole
 
@@ -196,7 +196,6 @@ class TaskSet:
                             f"or add more with data.py --out {folder} --{split}")
         self.frame_shape = manifest["image_height"], manifest["image_width"], 3
         self.n_tasks, self.n_demos = len(self.indices), manifest["demos"]
-        self.mirror = manifest["mirror"]
         self._paths = [task_path(folder, split, index) for index in self.indices]
         arrays = [self._read(path) for path in self._paths]
         self._offsets = [task["offsets"] for task in arrays]
@@ -252,18 +251,16 @@ class TaskSet:
         return self.frames(tasks[..., None], demos[..., None], times)
 
     def statistics(self):
-        """Mean and deviation of states (S,) and actions (A,), for a network of these tasks.
+        """Mean and deviation of states (S,) and, if they are to be normalised, of actions (A,).
 
-        Deviations are at least STD_FLOOR, those of the actions that share of their largest one. Of
-        actions that are not to be normalised they are 0 and 1.
+        Deviations are at least STD_FLOOR, those of the actions that share of their largest one.
         """
         states, actions = self.states.astype(np.float64), self.actions.astype(np.float64)
-        mean, std = actions.mean(0), actions.std(0)
-        std = np.maximum(std, STD_FLOOR * std.max())
-        if not self.manifest["normalise_actions"]:
-            mean, std = np.zeros_like(mean), np.ones_like(std)
-        values = dict(state_mean=states.mean(0), state_std=np.maximum(states.std(0), STD_FLOOR),
-                      action_mean=mean, action_std=std)
+        values = {"state_mean": states.mean(0), "state_std": np.maximum(states.std(0), STD_FLOOR)}
+        if self.manifest["normalise_actions"]:
+            std = actions.std(0)
+            values["action_mean"] = actions.mean(0)
+            values["action_std"] = np.maximum(std, STD_FLOOR * std.max())
         return {name: array.astype(np.float32) for name, array in values.items()}
 
 
@@ -278,59 +275,68 @@ def turn_hue(frames, angle):
     return np.asarray(turned).reshape(frames.shape)
 
 
+@dataclass(eq=False)
 class TaskLoader:
     """An endless iterator of few-shot batches; batch i depends on (seed, i) only.
 
     A batch has B different tasks; of each K support and Q query demos, all different, and M control
-    samples of each of the two sets, every one at a random time of a random demo of its set. Times
-    are T u^time_exponent with a uniform u: 1 is uniform (paper), more favours a demo's beginning.
-    With `random_support` every batch draws its K from 1 to the K given. With `mirror` half of the
-    tasks are seen in a mirror, with `recolour` half of them with green and blue exchanged, and all
-    of them with their hues turned by up to `hue_jitter` radians, all demos of a task alike. With
-    `pairs` tasks 2k and 2k + 1, which show the same objects in exchanged roles, are drawn together
-    and seen alike: a batch in which no task has its partner hardly teaches to tell the two apart.
-    The last of an odd number of tasks is then never drawn. None for these three means: where the
-    data allow it. Of N processes with a `shard` (i, N) each, the i-th gets the i-th part of every
-    batch's tasks.
+    samples of each of the two sets, every one at a random time of a random demo of its set. It is a
+    dict of arrays, U for support and q for query, before one another on axis 1 where both are in
+    one, n the `demo_frames`: `frames_U` (B, K, n, H, W, 3), `frames_q` (B, Q, n, H, W, 3), `images`
+    (B, 2, M, H, W, 3), all uint8, `states` (B, 2, M, S) and `actions` (B, 2, M, A), float32. What
+    was drawn is told by `tasks`, `mirrored`, `recoloured` and `hues` (B,), `demos` (B, K + Q),
+    `control_demos` and `times` (B, 2, M).
 
-    A batch is a dict of arrays, U for support and q for query, before one another on axis 1 where
-    both are in one, n the `demo_frames`: `frames_U` (B, K, n, H, W, 3) and, with `query_frames`,
-    `frames_q` (B, Q, n, H, W, 3), `images` (B, 2, M, H, W, 3), all uint8, `states` (B, 2, M, S) and
-    `actions` (B, 2, M, A), float32. What was drawn is told by `tasks`, `mirrored`, `recoloured` and
-    `hues` (B,), `demos` (B, K + Q), `control_demos` and `times` (B, 2, M).
-    Batches are prepared ahead on background `threads`. Raises UserError if the data do not allow
-    what is asked for.
+    In batches without pairs hardly a task has its partner, from which it is hard to tell: they
+    hardly teach to heed the demonstration. The last of an odd number of tasks is never drawn.
+    Batches are prepared ahead in background threads. Raises UserError if the data do not allow what
+    is asked for.
     """
+    task_set: TaskSet
+    B: int = 16
+    K: int = 5
+    Q: int = 1
+    M: int = 4
+    seed: int = 0
+    time_exponent: float = 3.0  # times are T u^this, u uniform: more than 1 favours the start
+    random_support: bool = True  # every batch draws its K from 1 to K
+    # Half of the tasks are seen in a mirror, half with green and blue exchanged, all demos of a
+    # task alike; tasks 2k and 2k + 1, the same objects in exchanged roles, are drawn together and
+    # seen alike. None: where the data allow it.
+    mirror: bool | None = None
+    recolour: bool | None = None
+    pairs: bool | None = None
+    hue_jitter: float = 0.6  # radians by which the colours of a task are turned at most
+    demo_frames: int = 2
+    query_frames: bool = True  # whether frames_q are read
+    threads: int = 1
+    shard: tuple = (0, 1)  # (i, N): of N processes this is the i-th, and gets its part of the tasks
 
-    def __init__(self, task_set, B=16, K=5, Q=1, M=4, seed=0, time_exponent=3.0,
-                 random_support=True, mirror=None, recolour=None, hue_jitter=0.6, pairs=None,
-                 demo_frames=2, query_frames=True, threads=1, shard=(0, 1)):
-        for name, wanted in (("mirror", mirror), ("recolour", recolour), ("pairs", pairs)):
-            if wanted and not task_set.manifest[name]:
+    def __post_init__(self):
+        data = self.task_set
+        for name in ("mirror", "recolour", "pairs"):
+            allowed = bool(data.manifest[name])
+            if getattr(self, name) and not allowed:
                 raise UserError(f"nothing says that these data allow {name}: use --{name} 0, or "
                                 "tell write_data_set")
-        allowed = task_set.manifest
-        self.mirror = bool(allowed["mirror"] if mirror is None else mirror)
-        self.recolour = bool(allowed["recolour"] if recolour is None else recolour)
-        self.group = 2 if (allowed["pairs"] if pairs is None else pairs) else 1
-        if B > task_set.n_tasks or B % self.group or B % shard[1]:
-            raise UserError(f"a batch of {B} of {task_set.n_tasks} tasks, drawn {self.group} at a "
-                            f"time and shared by {shard[1]} processes: choose another --batch")
-        if K + Q > task_set.n_demos:
-            raise UserError(f"K + Q = {K} + {Q} demonstrations are more than the "
-                            f"{task_set.n_demos} of a task: lower --support or --query")
-        self.task_set, self.B, self.K, self.Q, self.M, self.seed = task_set, B, K, Q, M, seed
-        self.time_exponent, self.random_support = time_exponent, random_support
-        self.hue_jitter, self.demo_frames, self.query_frames = hue_jitter, demo_frames, query_frames
-        self.threads = threads
-        self.shard = slice(B * shard[0] // shard[1], B * (shard[0] + 1) // shard[1])
+            if getattr(self, name) is None:
+                setattr(self, name, allowed)
+        self.group = 2 if self.pairs else 1
+        rank, size = self.shard
+        if self.B > data.n_tasks or self.B % self.group or self.B % size:
+            raise UserError(f"a batch of {self.B} of {data.n_tasks} tasks, drawn {self.group} at a "
+                            f"time and shared by {size} processes: choose another --batch")
+        if self.K + self.Q > data.n_demos:
+            raise UserError(f"K + Q = {self.K} + {self.Q} demonstrations are more than the "
+                            f"{data.n_demos} of a task: lower --support or --query")
+        self.own = slice(self.B * rank // size, self.B * (rank + 1) // size)
         self.position = 0
         self._pool, self._process, self._ahead = None, None, {}
 
     def batch(self, position):
         """The batch at a position of the sequence."""
         K, drawn = self._draw(np.random.default_rng([self.seed, position]))
-        drawn = {name: values[self.shard] for name, values in drawn.items()}
+        drawn = {name: values[self.own] for name, values in drawn.items()}
         return self._augment({**self._read(K, drawn), **drawn})
 
     def _draw(self, rng):
@@ -363,20 +369,21 @@ class TaskLoader:
         return batch
 
     def _augment(self, batch):
-        mirrored, recoloured = batch["mirrored"], batch["recoloured"]
+        mirrored, recoloured, hues = (batch[name] for name in ("mirrored", "recoloured", "hues"))
         for name in ("frames_U", "frames_q", "images"):
             if name not in batch:
                 continue
-            pixels = batch[name].view("V3")  # moved whole: twice as fast as their 3 bytes
+            frames = batch[name]
+            pixels = frames.view("V3")  # moved whole: twice as fast as their 3 bytes
             pixels[mirrored] = pixels[mirrored][..., ::-1, :]
-            frames = batch[name][recoloured]
-            frames[..., 1], frames[..., 2] = frames[..., 2].copy(), frames[..., 1].copy()
-            batch[name][recoloured] = frames
-            for task in batch["hues"].nonzero()[0]:
-                batch[name][task] = turn_hue(batch[name][task], batch["hues"][task])
+            changed = frames[recoloured]
+            changed[..., 1], changed[..., 2] = changed[..., 2].copy(), changed[..., 1].copy()
+            frames[recoloured] = changed
+            for task in hues.nonzero()[0]:
+                frames[task] = turn_hue(frames[task], hues[task])
         if self.mirror:
-            for name in ("states", "actions"):
-                batch[name][mirrored] *= np.float32(self.task_set.mirror[name])
+            for name, signs in self.task_set.manifest["mirror"].items():
+                batch[name][mirrored] *= np.float32(signs)
         return batch
 
     def __iter__(self):
@@ -405,8 +412,8 @@ class TaskLoader:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     usage="%(prog)s [options]", formatter_class=HelpFormatter)
     add = parser.add_argument
     add("--out", required=True, help="folder of the data set")
     add("--train", type=int, default=FULL_DATA["tasks"]["train"], help="training tasks")

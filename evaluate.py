@@ -26,79 +26,65 @@ import torch
 from PIL import Image, ImageDraw
 
 import sim
-from common import (UserError, claim, cores, installed_packages, launched, make_files, run_program,
-                    shard, write_atomically, write_json)
+from common import (HelpFormatter, UserError, claim, cores, installed_packages, launched,
+                    make_files, run_program, shard, write_atomically, write_json)
 from data import FULL_DATA, TaskSet, evenly_spaced, read_manifest
 from train import METHODS, load_model, machine
 
 POLICIES = (*METHODS, "no-demo", "expert", "random")
 SHIPPED = Path(__file__).resolve().parent / "results" / "weights.pt"
 FILMED_TRIALS = 3  # of a task, beside each other in one GIF
-FAILURE_SIZE = 500  # pixels of a failing trial's own GIF
 REDRAW = 7919  # ends the seeds of redrawn demonstrations, which no other seed does
 
 
-# A policy: adapt(demos) before a trial, then act(obs) at every step. `demos` is a list of dicts
-# with the `frames` (T, H, W, 3) uint8 of a demonstration.
+# A policy is a function from an observation to an action (A,).
 
-class NetworkPolicy:
-    """A network of any method."""
-
-    def __init__(self, model):
-        self.model = model
-
-    def adapt(self, demos):
-        n = self.model.settings.demo_frames
-        frames = [demo["frames"][evenly_spaced(len(demo["frames"]), n)] for demo in demos]
-        with torch.no_grad():
-            self.context = self.model.embed(torch.from_numpy(np.stack(frames)))  # (K, n, H, W, 3)
-
-    def act(self, obs):
-        image, state = (torch.from_numpy(obs[name]) for name in ("image", "state"))
-        return self.model.act(image, state, self.context).numpy()
+def policy_of(model, demos):
+    """The policy of a network given demonstrations, dicts of `frames` (T, H, W, 3) uint8."""
+    n = model.settings.demo_frames
+    frames = [demo["frames"][evenly_spaced(len(demo["frames"]), n)] for demo in demos]
+    with torch.no_grad():
+        context = model.embed(torch.from_numpy(np.stack(frames)))  # of (K, n, H, W, 3)
+    return policy_of_context(model, context)
 
 
-class NoDemoPolicy(NetworkPolicy):
-    """TecNets with a zero sentence: what it does without being told the task."""
-
-    def adapt(self, demos):
-        self.context = torch.zeros(self.model.settings.embedding_dim)
-
-
-class ExpertPolicy:
-    def __init__(self, env):
-        self.env = env
-
-    def adapt(self, demos):
-        pass
-
-    def act(self, obs):
-        return sim.expert_action(self.env)
+def policy_of_context(model, context):
+    def policy(obs):
+        image, state = torch.from_numpy(obs["image"]), torch.from_numpy(obs["state"])
+        return model.act(image, state, context).numpy()
+    return policy
 
 
-class RandomPolicy:
-    def __init__(self, seed):
-        self.rng = np.random.default_rng(seed)
+def make_policy(name, env, demos, checkpoint, seed):
+    """The policy of a name in POLICIES for one trial."""
+    if name == "expert":
+        return lambda obs: sim.expert_action(env)
+    if name == "random":
+        rng = np.random.default_rng(seed)
+        return lambda obs: rng.uniform(-1, 1, sim.ACTION_DIM)
+    model = _load_network(checkpoint)
+    if name == "no-demo":  # a zero sentence: what TecNets does without being told the task
+        return policy_of_context(model, torch.zeros(model.settings.embedding_dim))
+    return policy_of(model, demos)
 
-    def adapt(self, demos):
-        pass
 
-    def act(self, obs):
-        return self.rng.uniform(-1, 1, sim.ACTION_DIM)
+@functools.lru_cache(maxsize=1)
+def _load_network(checkpoint):
+    return load_model(checkpoint)[0]
 
 
-def rollout(env, policy, seed=None, options=None, film=None, film_size=None):
-    """One episode of any environment with Gymnasium's calls, whose observations are dicts of an
-    `image` (H, W, 3) uint8 and a `state` (S,) float32; the last info.
+def rollout(env, policy, seed=None, options=None, film=None):
+    """One episode of an environment with Gymnasium's calls; the last info.
 
-    Every second frame is appended to `film`, the policy's own or one of `film_size` pixels.
+    Observations are dicts of an `image` (H, W, 3) uint8 and a `state` (S,) float32. The images are
+    appended to `film`, every second one.
     """
     obs, info = env.reset(seed=seed, options=options)
     step, over = 0, False
     while not over:
         if film is not None and step % 2 == 0:
-            film.append(env.picture(film_size) if film_size else obs["image"])
-        obs, _, terminated, truncated, info = env.step(policy.act(obs))
+            film.append(obs["image"])
+        obs, _, terminated, truncated, info = env.step(policy(obs))
         step, over = step + 1, terminated or truncated
     return info
 
@@ -114,22 +100,17 @@ def choose_demos(evaluation, index, trial, shots):
     return np.random.default_rng(key).permutation(n_demos)[:shots].tolist()
 
 
-@functools.lru_cache(maxsize=1)
-def _load_network(checkpoint):
-    return load_model(checkpoint)[0]
-
-
 def try_task(path, evaluation, index, shots, checkpoint, data_folder, filmed):
     """Write the file of a task's trials with a number of shots, after their GIFs if `filmed`.
 
     `checkpoint` is the content of a network's file; demonstrations come from `data_folder`, or are
     recorded if it is None.
     """
-    start, split, name = time.perf_counter(), evaluation["split"], evaluation["policy"]
-    task, out = sim.make_task(split, index), path.parent.parent
-    failures = evaluation["film_failures"]
-    pictures = name not in ("expert", "random") or filmed or failures
+    start, failures = time.perf_counter(), evaluation["film_failures"]
+    name, split, seed = (evaluation[key] for key in ("policy", "split", "seed"))
+    pictures = filmed or failures or name not in ("expert", "random")
     env = sim.PushEnv(render_mode="rgb_array" if pictures else None)
+    task = sim.make_task(split, index)
     data = TaskSet(data_folder, split, [index]) if data_folder else None
 
     @functools.cache
@@ -138,45 +119,27 @@ def try_task(path, evaluation, index, shots, checkpoint, data_folder, filmed):
             return {"frames": data.frames(0, number, np.arange(data.lengths[0, number]))}
         return sim.record_demo(env, task, number, evaluation["demos"][0])
 
-    def run(trial, film=None, film_size=None):
-        """The row of a trial and its demonstrations."""
+    rows, films = [], []
+    for trial in range(evaluation["trials"]):
         numbers = choose_demos(evaluation, index, trial, shots)
         demos = [demo(number) for number in numbers]
-        if name == "expert":
-            policy = ExpertPolicy(env)
-        elif name == "random":
-            policy = RandomPolicy([evaluation["seed"], index, trial])
-        else:
-            kind = NoDemoPolicy if name == "no-demo" else NetworkPolicy
-            policy = kind(_load_network(checkpoint))
-        policy.adapt(demos)
+        policy = make_policy(name, env, demos, checkpoint, [seed, index, trial])
         # The same scene for both tasks of a pair, with the roles swapped:
-        scene = [evaluation["seed"], sim.split_key(split), index // 2, trial]
-        seed = int(np.random.default_rng(scene).integers(2 ** 31))
+        scene = np.random.default_rng([seed, sim.split_key(split), index // 2, trial])
         options = {"task": task, "swap": index % 2 == 1}
-        info = rollout(env, policy, seed, options, film, film_size)
+        film = [] if pictures else None
+        info = rollout(env, policy, int(scene.integers(2 ** 31)), options, film)
         row = {"shots": shots, "task": index, "trial": trial, "success": bool(info["success"]),
                "final_distance": round(info["distance"], 5),
                "distractor_displacement": round(info["distractor_displacement"], 5),
                "lost": bool(info["lost"])}
-        if evaluation["redraw"]:
-            row["demos"] = numbers
-        return row, [demo["frames"] for demo in demos[:1]]
-
-    rows, films = [], []
-    for trial in range(evaluation["trials"]):
-        film = [] if filmed and trial < FILMED_TRIALS else None
-        row, shown = run(trial, film)
-        rows.append(row)
-        if film:
-            films.append((film, row["success"]))
+        rows.append({**row, "demos": numbers} if evaluation["redraw"] else row)
+        films.append((film, row["success"]))
+        gif = path.parent.parent / f"task{index:02d}-shots{shots}"
         if failures and not row["success"]:
-            large = []
-            run(trial, large, FAILURE_SIZE)  # the same trial again
-            save_gif(out / f"task{index:02d}-shots{shots}-trial{trial}.gif", shown,
-                     [(large, False)], FAILURE_SIZE)
-    if films:
-        save_gif(out / f"task{index:02d}-shots{shots}.gif", shown, films)
+            save_gif(f"{gif}-trial{trial}.gif", demos[:1], films[-1:])
+    if filmed:
+        save_gif(f"{gif}.gif", demos[:1], films[:FILMED_TRIALS])
     env.close()
     write_json(path, {"seconds": time.perf_counter() - start, "trials": rows})
 
@@ -224,22 +187,19 @@ def table(results):
     return "\n".join(lines)
 
 
-def save_gif(path, demo, films, size=250):
-    """A demonstration, if there is one, beside (film, success) of rollouts; 10 frames a second.
-
-    `demo` is a list of none or one (T, H, W, 3); rollouts are framed green or red.
-    """
+def save_gif(path, demos, films, size=250):
+    """The demonstrations beside (film, success) of rollouts, framed green or red; 10 a second."""
     pictures = []
     for moment in range(len(films[0][0])):
-        picture = Image.new("RGB", (size * (len(demo) + len(films)), size))
-        parts = [frames[2 * moment] for frames in demo] + [film[moment] for film, _ in films]
+        parts = [demo["frames"][2 * moment] for demo in demos] + [film[moment] for film, _ in films]
+        picture = Image.new("RGB", (size * len(parts), size))
         for column, part in enumerate(parts):
             part = Image.fromarray(part).resize((size, size), Image.Resampling.NEAREST)
             picture.paste(part, (size * column, 0))
         draw = ImageDraw.Draw(picture)
-        if demo:
+        if demos:
             draw.text((6, 4), "demonstration", "black")
-        for column, (_, success) in enumerate(films, len(demo)):
+        for column, (_, success) in enumerate(films, len(demos)):
             left, colour = size * column, "green" if success else "red"
             draw.rectangle((left, 0, left + size - 1, size - 1), outline=colour, width=3)
             draw.text((left + 6, 4), f"rollout {'succeeds' if success else 'fails'}", "black")
@@ -252,81 +212,86 @@ def save_gif(path, demo, films, size=250):
 
 def parse():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+                                     usage="%(prog)s [options]", formatter_class=HelpFormatter)
     add = parser.add_argument
-    add("--checkpoint", default=SHIPPED, help="of a network (default: the weights in results/)")
+    add("--checkpoint", default=SHIPPED, help="of a network")
     add("--data", default="data/push", help="data set with the demonstrations, if it is there")
-    add("--split", choices=sim.SPLITS, default="test", help="(default: test)")
-    add("--tasks", type=int, default=FULL_DATA["tasks"]["test"],
-        help="the first tasks of the split (default: 74)")
+    add("--split", choices=sim.SPLITS, default="test", help="of the tasks")
+    add("--tasks", type=int, default=FULL_DATA["tasks"]["test"], help="the first ones of the split")
     add("--only", type=int, nargs="+", metavar="TASK", help="these tasks in place of --tasks")
-    add("--trials", type=int, default=6, help="trials of a task (default: 6)")
-    add("--shots", type=int, nargs="+", default=[1, 5], help="demonstrations (default: 1 5)")
+    add("--trials", type=int, default=6, help="trials of a task")
+    add("--shots", type=int, nargs="+", default=[1, 5], help="demonstrations that a trial is given")
     add("--redraw", action="store_true",
         help="draw other demonstrations for every trial, not once for all trials of a task")
-    add("--seed", type=int, default=0, help="of trials and choice of demonstrations (default: 0)")
-    add("--workers", type=int, default=cores(), help="processes (default: one for each core)")
+    add("--seed", type=int, default=0, help="of the trials and the choice of demonstrations")
+    add("--workers", type=int, default=cores(), help="processes")
     add("--policy", choices=POLICIES,
-        help="the checkpoint's by default; no-demo: TecNets with a zero sentence")
+        help="the checkpoint's by default; no-demo is TecNets with a zero sentence")
     add("--out", type=Path, default=Path("runs/evaluation"), help="folder of results and GIFs")
     add("--shard", type=shard, default=launched()[:2], metavar="I/N",
         help="try the I-th of N shards of the tasks, I from 0; the last one to finish writes the "
-        "results (default: the rank under torchrun or srun, else all)")
+        "results; by default the rank under torchrun or srun, else all")
     add("--gif", type=int, default=0, metavar="N", help="film trials of the first N tasks")
     add("--film-failures", action="store_true", help="film every failing trial, a large GIF each")
     return parser.parse_args()
 
 
-def check_network(args, content):
-    """Raise UserError if the checkpoint is not of the policy, or not of the benchmark."""
+def read_checkpoint(path, policy):
+    """(the bytes of a network's file, its dict): once, so that all trials are of the same weights.
+
+    Raises UserError if it is not of the policy, or not of the benchmark.
+    """
+    checkpoint = Path(path).read_bytes()
+    _, content = load_model(checkpoint, path)
     method = content["options"]["method"]
-    if args.policy not in (None, method) and (args.policy, method) != ("no-demo", "tecnets"):
-        raise UserError(f"{args.checkpoint} is of the method {method}: leave --policy out, or take "
-                        "another checkpoint")
+    if policy not in (None, method) and (policy, method) != ("no-demo", "tecnets"):
+        raise UserError(f"{path} is of the method {method}: leave --policy out, or take another "
+                        "checkpoint")
     if content["data"]["benchmark"] != sim.VERSION:
-        raise UserError(f"{args.checkpoint} was not trained on this benchmark's data, and its "
-                        "success here would mean nothing: try it by evaluate.rollout in an "
-                        "environment of its own data (README.md)")
+        raise UserError(f"{path} was not trained on this benchmark's data, and its success here "
+                        "would mean nothing: try it by evaluate.rollout in an environment of its "
+                        "own data (README.md)")
+    return checkpoint, content
 
 
 def main():
     args = parse()
-    checkpoint = content = data_folder = None
-    seed, n_demos = FULL_DATA["seed"], FULL_DATA["demos"]
-    if args.policy not in ("expert", "random"):
-        checkpoint = Path(args.checkpoint).read_bytes()  # once: all trials are of the same weights
-        _, content = load_model(checkpoint, args.checkpoint)
-        check_network(args, content)
-    policy = args.policy or content["options"]["method"]
-    shots = sorted(set(args.shots)) if policy in METHODS else [0]
-    if shots != [0] and (Path(args.data) / "manifest.json").exists():
-        data_folder, manifest = args.data, read_manifest(args.data)
-        seed, n_demos = manifest["seed"], manifest["demos"]
-        if manifest["benchmark"] != sim.VERSION:
-            raise UserError(f"{args.data} is not data of this benchmark: give another --data")
-    if max(shots) > n_demos:
-        raise UserError(f"{max(shots)} shots need as many demonstrations, a task has {n_demos}: "
-                        "lower --shots")
+    policy, checkpoint, content = args.policy, None, None
+    if policy not in ("expert", "random"):
+        checkpoint, content = read_checkpoint(args.checkpoint, policy)
+        policy = policy or content["options"]["method"]
+    shots, data_folder, demos = [0], None, [FULL_DATA["seed"], FULL_DATA["demos"]]
+    if policy in METHODS:
+        shots = sorted(set(args.shots))
+        if (Path(args.data) / "manifest.json").exists():
+            data_folder, manifest = args.data, read_manifest(args.data)
+            demos = [manifest["seed"], manifest["demos"]]
+            if manifest["benchmark"] != sim.VERSION:
+                raise UserError(f"{args.data} is not data of this benchmark: give another --data")
+        if max(shots) > demos[1]:
+            raise UserError(f"{max(shots)} shots need as many demonstrations, a task has "
+                            f"{demos[1]}: lower --shots")
     tasks = sorted(set(args.only)) if args.only else list(range(args.tasks))
     evaluation = {
         "benchmark": sim.VERSION, "policy": policy, "split": args.split,
         "tasks": tasks if args.only else args.tasks, "trials": args.trials, "seed": args.seed,
         "redraw": args.redraw, "gif": args.gif, "film_failures": args.film_failures,
-        "shots": shots, "demos": [seed, n_demos],
+        "shots": shots, "demos": demos,
         "checkpoint": checkpoint and hashlib.sha256(checkpoint).hexdigest()}
     claim(args.out / "evaluation.json", evaluation)
-    (args.out / "trials").mkdir(exist_ok=True)
-    paths = {(k, index): args.out / "trials" / f"task{index:02d}-shots{k}.json"
-             for k in shots for index in tasks}
-    jobs = [(path, evaluation, index, k, checkpoint, data_folder, index in tasks[:args.gif])
-            for (k, index), path in paths.items()]
+    jobs = []
+    for k in shots:
+        for index in tasks:
+            path = args.out / "trials" / f"task{index:02d}-shots{k}.json"
+            filmed = index in tasks[:args.gif]
+            jobs.append((path, evaluation, index, k, checkpoint, data_folder, filmed))
     if missing := make_files(try_task, jobs, args.workers, args.shard, "tasks"):
         return print(f"{args.out}: {missing} of {len(jobs)} files still to come from other shards")
     results = []
     for k in shots:
-        parts = [json.loads(paths[k, index].read_text()) for index in tasks]
-        rows = [row for part in parts for row in part["trials"]]
-        seconds = sum(part["seconds"] for part in parts)
+        files = [json.loads(job[0].read_text()) for job in jobs if job[3] == k]
+        rows = [row for file in files for row in file["trials"]]
+        seconds = sum(file["seconds"] for file in files)
         results.append(summary(policy, args.split, k, args.seed, rows, seconds))
     report = {"evaluation": evaluation, "packages": installed_packages(), "machine": machine(),
               "results": results}
@@ -335,7 +300,7 @@ def main():
         report["network"] = {name: content[name] for name in names}
     write_json(args.out / "results.json", report)
     print(table(results))
-    if films := sorted(str(path) for path in args.out.glob("*.gif")):
+    if films := sorted(map(str, args.out.glob("*.gif"))):
         print("films:", *films)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageSequence
 
-from common import UserError, cores, make_files, run_program
+from common import HelpFormatter, UserError, cores, make_files, run_program
 from data import FORMAT, FULL_DATA, claim_data, task_path, write_task
 
 HORIZON, IMAGE_SIZE, STATE_DIM, ACTION_DIM = 100, 125, 20, 7
@@ -112,8 +112,8 @@ def read_gif(path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=HelpFormatter)
     add = parser.add_argument
     add("folder", help="MIL's folder, or one that holds its folders")
     add("--out", required=True, help="folder of the data set")

@@ -33,7 +33,7 @@ IMAGE_SIZE = 125  # pixels
 STATE_DIM = 20  # 7 joint angles, 7 joint velocities, end effector (3), goal (3)
 ACTION_DIM = 7
 GOAL_RADIUS = 0.08  # of the drawn disc
-SUCCESS_DISTANCE = 0.017 ** 0.5  # 0.13 m, more than the disc; the rule is of the square
+SUCCESS_DISTANCE = 0.017 ** 0.5  # 0.13 m, beyond the disc; MIL's rule: squared distance < 0.017
 SUCCESS_STEPS = 10  # control steps within SUCCESS_DISTANCE
 STRICT_DISTANCE = 0.05  # final distance of the stricter rule reported beside it
 MOVED_DISTANCE = 0.03  # a distractor moved further than this counts as moved
@@ -92,7 +92,7 @@ class _Client(BulletClient):
     def __init__(self):
         self._client, self._pid = pybullet.connect(pybullet.DIRECT), os.getpid()
 
-    def __reduce__(self):  # the copy would share, and end, the same physics
+    def __reduce__(self):  # a copy would share the physics, and end it
         raise TypeError("a running simulation cannot be copied or pickled")
 
 
@@ -195,8 +195,8 @@ def _mesh(mesh_id):
         path = Path(pybullet_data.getDataPath(), "random_urdfs", name, f"{name}.obj")
     obj = re.sub(rb"/\S*", b"", Path(path).read_bytes())  # of corners like 1/2/3 only the vertex
     vertices = re.findall(rb"^\s*v\s+(\S+)\s+(\S+)\s+(\S+)", obj, re.MULTILINE)
-    faces = [face.split() for face in re.findall(rb"^\s*f\s([ \t\d]*)", obj, re.MULTILINE)]
-    if {len(face) for face in faces} != {3}:  # -1, the last vertex, ends a face here
+    faces = re.findall(rb"^\s*f\s+(\d+)\s+(\d+)\s+(\d+)\s*$", obj, re.MULTILINE)
+    if not faces or len(faces) != len(re.findall(rb"^\s*f\s", obj, re.MULTILINE)):
         raise ValueError(f"{path} must have triangles, with vertices counted from its beginning")
     return str(path), np.array(vertices, float), np.array(faces, int) - 1
 
@@ -224,7 +224,7 @@ def _normals(vertices, faces):
 
 
 def _obj(faces, **rows):
-    """An OBJ, as bytes, of triangles (T, 3) and, for every vertex, a row of v, vt and vn."""
+    """An OBJ, as bytes: triangles (T, 3) of vertices, which have a row each in v, vt and vn."""
     lines = []
     for kind in rows:
         for row in rows[kind].tolist():
@@ -250,7 +250,7 @@ def _textured(triangles):
 
 # The arm --------------------------------------------------------------------------------------
 
-# Its boxes are seen and touched, its flange is only seen.
+# The fork's boxes are seen and touched, its flange is only seen.
 _FORK_BOXES = f"""
 <visual><material name="Fork"/>
   <geometry><box size="0.012 {FORK_WIDTH} 0.04"/></geometry></visual>
@@ -279,10 +279,9 @@ _FORK = f"""
 
 @functools.lru_cache(maxsize=1)
 def _arm():
-    """The files (bytes by name) of pybullet_data's iiwa with the fork, and boxes by link.
+    """The files (bytes by name) of pybullet_data's iiwa with the fork, and its drawn links' boxes.
 
-    A box is the corners (8, 3) of a drawn link. There are no collision shapes but the fork's, and
-    no visuals that the camera never sees.
+    There are no collision shapes but the fork's, and no visuals that the camera never sees.
     """
     folder = Path(pybullet_data.getDataPath(), "kuka_iiwa")
     root, files = ElementTree.parse(folder / "model.urdf").getroot(), {}
@@ -357,7 +356,7 @@ def _camera(client, size, window):
 
     Returns RGBA (h, w) as uint32 and the mask (h, w) of the pixels that show a body.
     """
-    # TinyRenderer looks through the lower left corner of a pixel: half a pixel, to its middle.
+    # TinyRenderer looks through a pixel's lower left corner: half a pixel takes it to the middle.
     middles = np.add(window, (0.5, -0.5, 0.5, -0.5))
     left, top, right, bottom = ((2 * middles / size - 1) * _SLOPE * NEAR).tolist()
     projection = client.computeProjectionMatrix(left, right, -bottom, -top, NEAR, FAR)
@@ -386,16 +385,17 @@ def _window(points, size):
 class PushEnv:
     """The pushing task, with the calls of a Gymnasium environment (gym_push.py makes it one).
 
-    An observation is a dict of `state` (20,) float32 and, unless render_mode is None, `image`
+    An observation is a dict of `state` (20,) float32 and, with the render_mode "rgb_array", `image`
     (image_size, image_size, 3) uint8, both of the same instant. The reward is 1.0 while the target
     is within SUCCESS_DISTANCE of the goal. `info` has `distance` (of the target from the goal),
     `distractor_displacement`, `success`, and `lost`: an object is wholly below or off the table.
     An episode's course depends on the task, the seed and the actions only: every reset starts a
-    fresh physics client.
+    fresh physics client. With render_mode None, too, render and picture work.
     """
 
     def __init__(self, image_size=IMAGE_SIZE, render_mode="rgb_array"):
         self.image_size, self.render_mode = image_size, render_mode
+        self.images = render_mode == "rgb_array"  # in the observations
         self.client = self._rng = None
 
     def reset(self, *, seed=None, options=None):
@@ -435,10 +435,9 @@ class PushEnv:
             control(self.arm, range(7), pybullet.TORQUE_CONTROL, forces=torques)
             advance()
         self.steps += 1
-        at_goal = int(np.linalg.norm(self.target_position[:2]) < SUCCESS_DISTANCE)
-        self.steps_at_goal += at_goal
-        truncated = self.steps >= HORIZON
-        return self._observe(), float(at_goal), False, truncated, self._info()
+        reward = float(np.linalg.norm(self.target_position[:2]) < SUCCESS_DISTANCE)
+        self.steps_at_goal += reward
+        return self._observe(), reward, False, self.steps >= HORIZON, self._info()
 
     def render(self):
         """The scene as it is now, (image_size, image_size, 3) uint8."""
@@ -482,8 +481,8 @@ class PushEnv:
         self.close()
         self.task = task
         self.client = client = _Client()
-        self._vertices = {}  # of the objects by body, about the centre
-        self._boxes = {}  # corners of what is drawn by (body, link), in its own frame
+        self._vertices = {}  # of an object about its centre, by body
+        self._boxes = {}  # around what is drawn, in its own frame, by (body, link)
         client.setGravity(0, 0, -9.81)
         # File caching would keep every file's bytes for ever. Bullet's own 50 iterations would move
         # an object by less than 1 mm more.
@@ -580,7 +579,7 @@ class PushEnv:
         self.fork_velocity = np.array(fork[6][:2])
         state = np.concatenate([self.q, self.dq, self.fork_position, np.zeros(3)])
         obs = {"state": state.astype(np.float32)}
-        if self.render_mode:
+        if self.images:
             obs["image"] = self.render()
         return obs
 
@@ -588,11 +587,11 @@ class PushEnv:
         target, distractor = self.target_position, self.distractor_position
         off_table = np.abs([target, distractor])[:, :2].max() > TABLE_EDGE
         tops = [self.client.getAABB(body)[1][2] for body in (self.target, self.distractor)]
-        moved = (distractor - self._distractor_start)[:2]
+        moved = distractor - self._distractor_start
         return {
             "distance": float(np.linalg.norm(target[:2])),
             "lost": bool(off_table or min(tops) < 0),
-            "distractor_displacement": float(np.linalg.norm(moved)),
+            "distractor_displacement": float(np.linalg.norm(moved[:2])),
             "success": self.steps_at_goal >= SUCCESS_STEPS,
         }
 
@@ -601,11 +600,10 @@ class PushEnv:
         client, points = self.client, []
         for (body_id, link), box in self._boxes.items():
             if link < 0:
-                position, turn = client.getBasePositionAndOrientation(body_id)
+                pose = client.getBasePositionAndOrientation(body_id)
             else:
-                state = client.getLinkState(body_id, link, computeForwardKinematics=True)
-                position, turn = state[4:6]
-            points.append(box @ _rotation(turn).T + position)
+                pose = client.getLinkState(body_id, link, computeForwardKinematics=True)[4:6]
+            points.append(box @ _rotation(pose[1]).T + pose[0])
         return np.concatenate(points)
 
 
@@ -632,8 +630,8 @@ def record_demo(env, task, number, seed):
 
     The expert's action plus noise is executed, the clean action is recorded. An attempt that fails,
     moves the distractor or leaves the target off the disc is redrawn, up to ATTEMPTS times.
-    Returns a dict of `frames` (100, H, W, 3) uint8, `states` (100, 20) and `actions` (100, 7)
-    float32; it depends on (task, number, seed) only.
+    `env` must have images. Returns a dict of `frames` (100, H, W, 3) uint8, `states` (100, 20) and
+    `actions` (100, 7) float32; it depends on (task, number, seed) only.
     """
     options = {"task": task, "side": 1 if number % 2 else -1}
     for attempt in range(ATTEMPTS):

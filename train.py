@@ -29,14 +29,13 @@ import zipfile
 from dataclasses import fields
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 import baselines
 import tecnets
-from common import (UserError, installed_packages, launched, learning_curves, progress,
-                    run_program, write_atomically)
+from common import (HelpFormatter, UserError, installed_packages, launched, learning_curves,
+                    progress, run_program, write_atomically)
 from data import FULL_DATA, TaskLoader, TaskSet, generate, read_manifest, task_path
 from tecnets import TecNets, embedding_loss, processes
 
@@ -86,10 +85,6 @@ HELP = {  # of settings
 }
 
 
-class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    pass
-
-
 def parse(argv=None):
     """(all options, those that were given)."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -99,7 +94,7 @@ def parse(argv=None):
     chosen, _ = first.parse_known_args(argv)
     _, settings, changed = METHODS[chosen.method]
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, parents=[first],
-                                     usage="%(prog)s [options]", formatter_class=_Help)
+                                     usage="%(prog)s [options]", formatter_class=HelpFormatter)
     flag = dict(type=int, choices=(0, 1))
     add = parser.add_argument
     add("--name", help="of the run's folder in runs/; the method's or the preset's by default")
@@ -248,25 +243,21 @@ def kind_of(manifest):
 
 def to_tensors(batch, device):
     """The arrays of a batch that a network takes, without the notes on what was drawn."""
-    names = "frames_U", "frames_q", "images", "states", "actions"
     return {name: torch.from_numpy(batch[name]).to(device, non_blocking=True)
-            for name in names if name in batch}
+            for name in ("frames_U", "frames_q", "images", "states", "actions") if name in batch}
 
 
-def fine_tune(model, path, method):
+def fine_tune(model, path):
     """Give a network the weights of a checkpoint; the statistics of its data stay its own."""
-    given, content = load_model(Path(path).read_bytes(), path)
-    weights, old = given.state_dict(), dict(given.named_buffers())
-    shapes = {name: values.shape for name, values in weights.items()}
-    own = {name: values.shape for name, values in model.state_dict().items()}
-    if content["options"]["method"] != method or shapes != own:
-        raise UserError(f"{path} is of another method, or of other sizes than these data: --init "
-                        "needs weights of the same")
-    model.load_state_dict({**weights, **dict(model.named_buffers())})
+    given, _ = load_model(Path(path).read_bytes(), path)
+    try:
+        model.load_state_dict({**given.state_dict(), **dict(model.named_buffers())})
+    except RuntimeError as error:
+        raise UserError(f"--init {path} is of another method, or of other sizes ({error})")
     far = []
     for kind in ("state", "action"):
-        mean, std = old[f"{kind}_mean"], old[f"{kind}_std"]
-        new_mean, new_std = (getattr(model, f"{kind}_{name}").cpu() for name in ("mean", "std"))
+        mean, std, new_mean, new_std = (getattr(network, f"{kind}_{name}").cpu()
+                                        for network in (given, model) for name in ("mean", "std"))
         differs = torch.maximum((new_mean - mean).abs(), new_std) > 10 * std
         far += [f"{kind} {i}" for i in differs.nonzero().flatten().tolist()]
     print(f"{path}: weights are taken, the statistics of states and actions are the new data's"
@@ -470,7 +461,7 @@ def start(folder, options, given):
     if checkpoint:
         run.load(checkpoint)
     elif options["init"]:
-        fine_tune(run.model, options["init"], options["method"])
+        fine_tune(run.model, options["init"])
     return run
 
 

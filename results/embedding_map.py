@@ -4,68 +4,43 @@
 
 They stand at the first two principal components of their sentences. OUT.json gets the share of
 demonstrations that are nearest (largest dot product) to the sentence of their own task, made
-without them, and the nearest training task of each task. Needs the data set.
+without them, and how near each task is to the nearest training task. Needs data/push.
 """
 import argparse
 import sys
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
+from torch.nn.functional import normalize
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import run_program, write_atomically, write_json
+from common import write_json
 from data import TaskSet
 from evaluate import SHIPPED
 from train import load_model
 
-SIDE, THUMBNAIL = 1600, 120  # pixels
+SIDE = 1600  # pixels
+torch.set_grad_enabled(False)
+parser = argparse.ArgumentParser()
+parser.add_argument("--out", required=True)
+out = parser.parse_args().out
+model, _ = load_model(SHIPPED.read_bytes())
+test, train = (torch.from_numpy(TaskSet("data/push", split).ends) for split in ("test", "train"))
 
+s = model.embed(test[:, :, None])  # (N, D, E), each demonstration alone
+total = s.sum(1)  # (N, E)
+own = (s * normalize(total[:, None] - s, dim=-1)).sum(-1)  # (N, D), with its task without it
+others = s @ normalize(total).T - 2 * torch.eye(len(s))[:, None]  # (N, D, N), its own put last
+retrieved = (own > others.amax(-1)).float().mean().item()
+nearest = (model.embed(test) @ model.embed(train).T).amax(1).tolist()
+write_json(f"{out}.json", dict(
+    tasks=len(s), demos=own.numel(), retrieval=retrieved, nearest_similarity=nearest))
 
-@torch.no_grad()
-def compare(model, data, train_data):
-    """(the sentences of all demonstrations alone (N, D, E), the figures)."""
-    s_q = model.embed(torch.from_numpy(data.ends)[:, :, None])  # (N, D, E)
-    N, D, _ = s_q.shape
-    others = s_q.sum(1, keepdim=True) - s_q  # (N, D, E), of each demonstration
-    similarity = torch.einsum("nde,me->ndm", s_q, F.normalize(s_q.sum(1), dim=-1))
-    own = (s_q * F.normalize(others, dim=-1)).sum(-1)  # (N, D)
-    similarity[torch.arange(N), :, torch.arange(N)] = own
-    found = similarity.argmax(-1) == torch.arange(N)[:, None]
-    s_U, s_train = (model.embed(torch.from_numpy(tasks.ends)) for tasks in (data, train_data))
-    nearness, nearest = (s_U @ s_train.T).max(-1)
-    return s_q, {"tasks": N, "demos": N * D, "retrieval": found.float().mean().item(),
-                 "nearest_training_task": nearest.tolist(),
-                 "nearest_similarity": nearness.tolist()}
-
-
-def draw(path, sentences, frames):
-    """Frames (N, H, W, 3) at the principal components of sentences (N, E)."""
-    points = sentences - sentences.mean(0)
-    points = points @ torch.linalg.svd(points).Vh[:2].T  # (N, 2)
-    low, high = points.amin(0), points.amax(0)
-    points = (points - low) / (high - low) * (SIDE - THUMBNAIL)
-    canvas = Image.new("RGB", (SIDE, SIDE), "white")
-    for frame, (x, y) in zip(frames, points.round().int().tolist()):
-        canvas.paste(Image.fromarray(frame).resize((THUMBNAIL, THUMBNAIL)), (x, y))
-    write_atomically(path, lambda file: canvas.save(file, "png"))
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--checkpoint", type=Path, default=SHIPPED, help="of TecNets")
-    parser.add_argument("--data", default="data/push", help="data set")
-    parser.add_argument("--out", required=True, help="PNG file; figures go to OUT.json")
-    args = parser.parse_args()
-    model, _ = load_model(args.checkpoint.read_bytes(), args.checkpoint)
-    data = TaskSet(args.data, "test")
-    s_q, figures = compare(model, data, TaskSet(args.data, "train"))
-    draw(args.out, s_q[:, 0], data.ends[:, 0, 1])
-    write_json(f"{args.out}.json", figures)
-    print(f"{figures['retrieval']:.1%} of {figures['demos']} demonstrations are nearest to their own "
-          f"among {figures['tasks']} tasks")
-
-
-if __name__ == "__main__":
-    run_program(main)
+points = torch.linalg.svd(s[:, 0] - s[:, 0].mean(0)).U[:, :2]
+points -= points.amin(0)
+points *= (SIDE - 125) / points.amax(0)  # 125: a picture's side
+canvas = Image.new("RGB", (SIDE, SIDE), "white")
+for frames, place in zip(test, points.int().tolist()):
+    canvas.paste(Image.fromarray(frames[0, 1].numpy()), place)
+canvas.save(out)
