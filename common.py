@@ -176,48 +176,44 @@ def chart(path, lines, x_label, x_ticks, y_ticks, scale=float, legend="top"):
     `scale` is applied to y and its ticks; the legend stands on the right, "top" or "bottom".
     """
     width, height, margin = 900, 420, 60
-    left, right = x_ticks[0], x_ticks[-1]
-    bottom, top = scale(y_ticks[0]), scale(y_ticks[-1])
-
-    def at(x, y):
-        down = min(1, max(0, (top - scale(y)) / (top - bottom)))
-        return (margin + (width - 2 * margin) * (x - left) / (right - left),
-                margin / 2 + (height - 1.5 * margin) * down)
-
     picture = Image.new("RGB", (width, height), "white")
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(15)
+
+    def at(x, y):
+        right = (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
+        up = (scale(y) - scale(y_ticks[0])) / (scale(y_ticks[-1]) - scale(y_ticks[0]))
+        down = min(1, max(0, 1 - up))
+        return margin + (width - 2 * margin) * right, margin / 2 + (height - 1.5 * margin) * down
+
     for y in y_ticks:
-        draw.line([at(left, y), at(right, y)], "#dddddd")
-        draw.text((margin - 8, at(left, y)[1]), f"{y:g}", "black", font, "rm")
+        start = at(x_ticks[0], y)
+        draw.line([start, at(x_ticks[-1], y)], "#dddddd")
+        draw.text((margin - 8, start[1]), f"{y:g}", "black", font, "rm")
     for x in x_ticks:
         draw.text((at(x, y_ticks[0])[0], height - margin + 8), f"{x:,}", "black", font, "mt")
     draw.text((width / 2, height - 22), x_label, "black", font, "mt")
+    labels = {label: colour for label, colour, _ in lines}
     for _, colour, points in lines:
-        draw.line([at(x, y) for x, y in points], colour, 2)
-    labels = dict((label, colour) for label, colour, _ in lines)
+        draw.line([at(*point) for point in points], colour, 2)
     y = margin / 2 + 8 if legend == "top" else height - margin - 20 * len(labels)
-    for label, colour in labels.items():
-        draw.text((width - margin - 8, y), label, colour, font, "rt")
-        y += 20
+    for number, (label, colour) in enumerate(labels.items()):
+        draw.text((width - margin - 8, y + 20 * number), label, colour, font, "rt")
     write_atomically(path, lambda file: picture.save(file, "png"))
 
 
 def learning_curves(path, logs):
-    """Draw the control losses on training and validation tasks against steps, of one run or more.
+    """Draw the control losses on training and validation tasks against steps, of some runs.
 
     A log is the list of rows of a log.jsonl.
     """
     lines = []
-    for colour, key, label in (("#9ab8dd", "loss_q", "training tasks"),
-                               ("#c0392b", "val_loss_q", "validation tasks")):
+    for colour, key, tasks in (("#9ab8dd", "loss_q", "training"),
+                               ("#c0392b", "val_loss_q", "validation")):
         for log in logs:
             points = [(row["step"], row[key]) for row in log if key in row]
-            lines.append((f"control loss, {label}", colour, points))
-    values = [y for _, _, points in lines for _, y in points]
-    last = max(x for _, _, points in lines for x, _ in points)
-    ticks = [sign * 10.0 ** power for power in range(-9, 9) for sign in (1, 3)]
-    first = max(tick for tick in ticks if tick <= min(values))
-    end = min(tick for tick in ticks if tick > max(values))
-    step = max(1, last // 5)
-    chart(path, lines, "steps", range(0, last + 1, step), [t for t in ticks if first <= t <= end],
-          math.log10)
+            lines.append((f"control loss, {tasks} tasks", colour, points))
+    steps, losses = zip(*(point for _, _, points in lines for point in points))
+    x_ticks = range(0, max(steps) + 1, max(1, max(steps) // 5))
+    low, high = (math.log10(max(loss, 1e-9)) for loss in (min(losses), max(losses)))
+    y_ticks = [10.0 ** power for power in range(math.floor(low), math.floor(high) + 2)]
+    chart(path, lines, "steps", x_ticks, y_ticks, lambda y: math.log10(max(y, 1e-9)))

@@ -9,11 +9,8 @@ from pathlib import Path
 os.environ["OMP_WAIT_POLICY"] = "passive"  # read by torch: threads that spin slow other processes
 
 import numpy as np
-import pytest
 import torch
 
-import data
-import sim
 from tecnets import Settings, TecNets
 
 HERE = Path(__file__).parent
@@ -32,10 +29,10 @@ def batch_of(B=5, K=2, Q=1, M=2, n=2, H=13, W=13, dtype=torch.float64):
 
 
 def small_model(network=TecNets, settings=Settings, size=13, statistics={}, **chosen):
-    """An untrained network of small square images, in float64."""
+    """An untrained network, of small square images unless told otherwise, in float64."""
     torch.manual_seed(0)
-    chosen = settings(image_height=size, image_width=size, **chosen)
-    return network(chosen, **statistics).double()
+    chosen = {"image_height": size, "image_width": size, **chosen}
+    return network(settings(**chosen), **statistics).double()
 
 
 def random_demos(lengths=(7,), H=16, W=16, S=20, A=7, **counts):
@@ -48,15 +45,6 @@ def random_demos(lengths=(7,), H=16, W=16, S=20, A=7, **counts):
                  "actions": rng.random((T, A), np.float32)} for T in lengths]
 
     return {split: [task() for _ in range(n)] for split, n in counts.items()}
-
-
-@pytest.fixture(scope="session")
-def tiny_data(tmp_path_factory):
-    """A data set with small pictures and the simulator's sizes and symmetries."""
-    folder = tmp_path_factory.mktemp("data")
-    tasks = random_demos([100] * 4, train=4, val=2)
-    data.write_data_set(folder, tasks, sim.MIRROR, recolour=True, pairs=True)
-    return folder
 
 
 @contextlib.contextmanager

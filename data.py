@@ -181,13 +181,13 @@ class TaskSet:
     demonstrations after one another; `row(task, demo, time)` says which. `ends` (N, D, 2, H, W, 3)
     uint8 are the first and last frames. These are in memory. All other frames are read when they
     are wanted: the system keeps in memory, once for all processes, what there is room for.
-    `tasks` is how many tasks are read, or a list of their indices; all by default.
-    Raises UserError for missing or damaged files.
+    `manifest` says what the data are, whatever the number of tasks. `tasks` is how many tasks are
+    read, or a list of their indices; all by default. Raises UserError for missing or damaged files.
     """
 
     def __init__(self, folder, split, tasks=None):
         self.manifest = manifest = read_manifest(folder)
-        available = manifest["tasks"].get(split, 0)
+        available = manifest.pop("tasks").get(split, 0)
         if tasks is None:
             tasks = available
         self.indices = list(range(tasks)) if isinstance(tasks, int) else list(tasks)
@@ -416,16 +416,15 @@ def main():
                                      usage="%(prog)s [options]", formatter_class=HelpFormatter)
     add = parser.add_argument
     add("--out", required=True, help="folder of the data set")
-    add("--train", type=int, default=FULL_DATA["tasks"]["train"], help="training tasks")
-    add("--val", type=int, default=FULL_DATA["tasks"]["val"], help="validation tasks")
-    add("--test", type=int, default=FULL_DATA["tasks"]["test"], help="test tasks")
+    for split, number in FULL_DATA["tasks"].items():
+        add(f"--{split}", type=int, default=number, help=f"tasks of the split {split}")
     add("--demos", type=int, default=FULL_DATA["demos"], help="demonstrations of a task")
     add("--seed", type=int, default=FULL_DATA["seed"], help="seed of all demonstrations")
     add("--workers", type=int, default=cores(), help="processes")
     add("--shard", type=shard, default=launched()[:2], metavar="I/N",
         help="make the I-th of N shards only, I from 0; the rank by default under torchrun or srun")
     args = parser.parse_args()
-    tasks = {"test": args.test, "val": args.val, "train": args.train}
+    tasks = {split: getattr(args, split) for split in reversed(SPLITS)}
     missing = generate(args.out, tasks, args.demos, args.seed, args.workers, args.shard)
     state = f"{missing} of them still to come" if missing else "all there"
     print(f"{args.out}: {sum(tasks.values())} tasks, {state}")

@@ -39,19 +39,21 @@ REDRAW = 7919  # ends the seeds of redrawn demonstrations, which no other seed d
 
 # A policy is a function from an observation to an action (A,).
 
-def policy_of(model, demos):
-    """The policy of a network given demonstrations, dicts of `frames` (T, H, W, 3) uint8."""
-    n = model.settings.demo_frames
-    frames = [demo["frames"][evenly_spaced(len(demo["frames"]), n)] for demo in demos]
-    with torch.no_grad():
-        context = model.embed(torch.from_numpy(np.stack(frames)))  # of (K, n, H, W, 3)
-    return policy_of_context(model, context)
+def policy_of(model, demos=(), context=None):
+    """The policy of a network given demonstrations, dicts of `frames` (T, H, W, 3) uint8.
 
+    Or given a context, what `model.embed` makes of them.
+    """
+    if context is None:
+        n = model.settings.demo_frames
+        frames = [demo["frames"][evenly_spaced(len(demo["frames"]), n)] for demo in demos]
+        with torch.no_grad():
+            context = model.embed(torch.from_numpy(np.stack(frames)))  # of (K, n, H, W, 3)
 
-def policy_of_context(model, context):
     def policy(obs):
         image, state = torch.from_numpy(obs["image"]), torch.from_numpy(obs["state"])
         return model.act(image, state, context).numpy()
+
     return policy
 
 
@@ -64,7 +66,7 @@ def make_policy(name, env, demos, checkpoint, seed):
         return lambda obs: rng.uniform(-1, 1, sim.ACTION_DIM)
     model = _load_network(checkpoint)
     if name == "no-demo":  # a zero sentence: what TecNets does without being told the task
-        return policy_of_context(model, torch.zeros(model.settings.embedding_dim))
+        return policy_of(model, context=torch.zeros(model.settings.embedding_dim))
     return policy_of(model, demos)
 
 

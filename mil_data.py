@@ -1,10 +1,10 @@
 """Import of MIL's published demonstrations of simulated pushing, the benchmark of the paper.
 
-    python mil_data.py FOLDER --out data/mil
+    python mil_data.py data/sim_push data/sim_push_test --out data/mil
     python train.py --data data/mil
 
 The data of github.com/tianheyu927/mil (Finn et al., CoRL 2017) hold for every task I a pickle,
-`demos_I.pkl` of a training task and `I.pkl` of a test task, beside its GIFs
+`demos_I.pkl` in the folder of training tasks and `I.pkl` in that of test tasks, beside its GIFs
 `object_I/condJ.samp0.gif`.
 """
 import argparse
@@ -22,37 +22,22 @@ MIL_DEMOS = range(6, 18)  # of 24: those that the papers use, the target on eith
 MIL_SHAPES = {"demoX": (24, HORIZON, STATE_DIM), "demoU": (24, HORIZON, ACTION_DIM)}
 
 
-def import_mil(source, folder, val, workers):
+def number_of(path):
+    return int(path.stem.removeprefix("demos_"))
+
+
+def import_mil(train_folder, test_folder, folder, val, workers):
     """Turn MIL's folders into a data set; the last `val` training tasks are to validate on.
 
-    MIL's archive has other tasks, of the same file names, beside pushing: a folder whose first
-    pickle has other shapes is left out, which is said. Raises UserError for missing, damaged or
-    ambiguous files.
+    Raises UserError for missing tasks or other shapes than those of pushing.
     """
-    found = {"train": {}, "test": {}}
-    folders = {path.resolve().parent for path in Path(source).rglob("*.pkl")}
-    for place in sorted(folders):
-        for split, prefix in (("train", "demos_"), ("test", "")):
-            tasks = {}
-            for path in place.glob(prefix + "*.pkl"):
-                number = path.stem.removeprefix(prefix)
-                if number.isdecimal():
-                    tasks[int(number)] = path
-            if not tasks:
-                continue
-            shapes = {name: array.shape for name, array in read_pickle(min(tasks.values())).items()}
-            if shapes != MIL_SHAPES:
-                print(f"{place} is not of pushing, and left out: {shapes}")
-                continue
-            if both := found[split].keys() & tasks.keys():
-                raise UserError(f"{place} has {split} task {min(both)}, as another folder does: "
-                                "give a folder that holds it once")
-            found[split] |= tasks
-    train, test = ([tasks[number] for number in sorted(tasks)] for tasks in found.values())
-    if not 0 < val < len(train):
-        raise UserError(f"{source} holds {len(train)} training tasks of pushing (demos_*.pkl): "
-                        "give the folder of MIL's data, and a --val below that number")
-    paired = sorted(found["train"]) == list(range(len(train))) and val % 2 == len(train) % 2
+    train = sorted(Path(train_folder).glob("demos_*.pkl"), key=number_of)
+    test = sorted(Path(test_folder).glob("[0-9]*.pkl"), key=number_of)
+    if not (test and 0 < val < len(train)):
+        raise UserError(f"{train_folder} holds {len(train)} training tasks (demos_*.pkl) and "
+                        f"{test_folder} {len(test)} test tasks: give MIL's folders, and a --val "
+                        "below the number of training tasks")
+    paired = [*map(number_of, train)] == [*range(len(train))] and val % 2 == len(train) % 2
     manifest = dict(
         format=FORMAT, benchmark=None, seed=None, demos=len(MIL_DEMOS), image_height=IMAGE_SIZE,
         image_width=IMAGE_SIZE, state_dim=STATE_DIM, action_dim=ACTION_DIM, normalise_actions=True,
@@ -66,7 +51,10 @@ def import_mil(source, folder, val, workers):
 
 def _import_task(path, source):
     arrays = read_pickle(source)
-    gifs = source.parent / f"object_{source.stem.removeprefix('demos_')}"
+    shapes = {name: array.shape for name, array in arrays.items()}
+    if shapes != MIL_SHAPES:
+        raise UserError(f"{source} is not of pushing: it has {shapes}, not {MIL_SHAPES}")
+    gifs = source.parent / f"object_{number_of(source)}"
     write_task(path, [{"states": arrays["demoX"][i], "actions": arrays["demoU"][i],
                        "frames": read_gif(gifs / f"cond{i}.samp0.gif")} for i in MIL_DEMOS])
 
@@ -115,13 +103,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=HelpFormatter)
     add = parser.add_argument
-    add("folder", help="MIL's folder, or one that holds its folders")
+    add("train", help="MIL's folder of training tasks")
+    add("test", help="MIL's folder of test tasks")
     add("--out", required=True, help="folder of the data set")
     add("--val", type=int, default=FULL_DATA["tasks"]["val"],
         help="the last training tasks, to validate on")
     add("--workers", type=int, default=cores(), help="processes")
     args = parser.parse_args()
-    import_mil(args.folder, args.out, args.val, args.workers)
+    import_mil(args.train, args.test, args.out, args.val, args.workers)
     print(f"{args.out}: all tasks there")
 
 

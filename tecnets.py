@@ -268,7 +268,7 @@ class TecNets(Policy):
 
     def embed(self, frames, chunk=256):
         """The sentence of support demos: frames (..., K, n, H, W, 3) uint8 -> (..., E)."""
-        return sentence(self._embeddings(frames, chunk), self.settings.support_mean)
+        return sentence(self.embeddings(frames, chunk), self.settings.support_mean)
 
     def respond(self, images, states, s):
         return self.control_net(images, states, s)
@@ -322,15 +322,15 @@ class TecNets(Policy):
     def _compare(self, batch, chunk=None):
         """The sentences s_U (B, E) of the support sets, the embedding loss, the accuracy."""
         c = self.settings
-        s_U = sentence(self._embeddings(batch["frames_U"], chunk), c.support_mean)  # (B, E)
-        s_q = self._embeddings(batch["frames_q"], chunk)  # (B, Q, E)
+        s_U = sentence(self.embeddings(batch["frames_U"], chunk), c.support_mean)  # (B, E)
+        s_q = self.embeddings(batch["frames_q"], chunk)  # (B, Q, E)
         if c.normalise_queries:
             s_q = F.normalize(s_q, dim=-1)
         loss, accuracy = embedding_loss(
             gathered(s_U), gathered(s_q), c.margin, c.negatives, c.hinge_mean)
         return s_U, loss, accuracy
 
-    def _embeddings(self, frames, chunk=None):
+    def embeddings(self, frames, chunk=None):
         """f_theta of (..., n, H, W, 3) uint8 -> (..., E).
 
         Of more than `chunk` demonstrations backward computes the activations again.

@@ -36,7 +36,7 @@ from conftest import HERE, random_demos, run, small_model, started
 os.environ["OMP_NUM_THREADS"] = "1"  # of programs; sums depend on it
 KILLS = int(os.environ.get("KILLS", 2))  # of each program
 COUNTS = {"train": 2, "val": 2, "test": 2}
-TINY = ("--batch 4 --support 2 --samples 1 --steps 60 --lr 3e-3 --validate-every 20 "
+TINY = ("--batch 4 --support 2 --query 1 --samples 1 --steps 60 --lr 3e-3 --validate-every 20 "
         "--validation-batches 1 --snapshots 3").split()
 
 
@@ -55,7 +55,7 @@ def pushes(tmp_path_factory):
 
 def own_tasks(shift=0.0):
     """Tasks that can be learned: actions are states in other units."""
-    tasks = random_demos([40] * 4, train=4, val=2)
+    tasks = random_demos([40] * 4, H=32, W=32, train=4, val=2)
     for demo in (demo for split in tasks.values() for task in split for demo in task):
         demo["actions"] = 1000 * demo["states"][:, :7]
         demo["states"][:, 3] += shift
@@ -179,6 +179,17 @@ def test_progress_without_a_terminal_is_a_line_a_minute(capsys, monkeypatch):
                                                    "the end", ""]
 
 
+def test_a_write_that_fails_leaves_the_old_file(tmp_path):
+    def write(file):
+        file.write(b"half")
+        raise OSError("disk full")
+
+    common.write_json(tmp_path / "a.json", 1)
+    with pytest.raises(OSError, match="disk full"):
+        common.write_atomically(tmp_path / "a.json", write)
+    assert contents(tmp_path) == {"a.json": b"1"} and len(list(tmp_path.iterdir())) == 1
+
+
 def die(path):
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -196,23 +207,24 @@ def test_a_failing_worker_is_named_with_its_cause(make, error, message, tmp_path
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_workers_end_with_their_parent(number, tmp_path):
+    """At once, and Ctrl-C, which a terminal sends to all of them, without a word."""
+    def made():
+        return written(tmp_path, "*/*.npz")
+
     def ended():
         return all(not path.exists() or not path.read_bytes() for path in workers)  # or a zombie
 
-    with started(HERE / "data.py", "--out", tmp_path, "--workers", 2,
+    with started(HERE / "data.py", "--out", tmp_path, "--workers", 2, "--demos", 4,
                  stderr=subprocess.PIPE) as process:
-        wait_for(lambda: len(children(process.pid)) > 2, process)  # with multiprocessing's own
+        wait_for(made, process)
         workers = [Path(f"/proc/{pid}/cmdline") for pid in children(process.pid)]
-        time.sleep(2)
-        assert process.poll() is None
-        process.send_signal(number)
-        complaint = process.communicate(timeout=10)[1]
+        assert len(workers) > 1 and not ended()
+        send = os.killpg if number == signal.SIGINT else os.kill
+        send(process.pid, number)
+        before, complaint = made(), process.communicate(timeout=10)[1]
         assert process.returncode in (-signal.SIGKILL, 128 + number)
-        assert "Traceback" not in complaint
-        deadline = time.monotonic() + 5
-        while not ended():
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        time.sleep(0.5)
+        assert ended() and made() == before and "Traceback" not in complaint
 
 
 # Data -----------------------------------------------------------------------------------------
@@ -301,7 +313,7 @@ def test_import_of_mil(tmp_path, monkeypatch):
         for i in range(6, 18):
             os.link("film.gif", films / f"cond{i}.samp0.gif")
         states[stem], file = rng.normal(size=(24, 100, 20)), io.BytesIO()
-        Python2Pickler(file, 2).dump({b"demoX": states[stem], b"demoU": np.ones((24, 100, 7)),
+        Python2Pickler(file, 2).dump({b"demoX": states[stem], b"demoU": rng.random((24, 100, 7)),
                                       b"xml": b"pusher\xe9.xml"})
         path.write_bytes(file.getvalue().replace(b"numpy._core", b"numpy.core"))
     Path("mil/reach").mkdir()
@@ -340,7 +352,7 @@ def test_what_a_run_leaves(trained):
     assert names == {".lock", "curves.png", "last.pt", "log.jsonl",
                      "step-20.pt", "step-40.pt", "step-60.pt"}
     log = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
-    assert log[0]["action_variance"] == pytest.approx(1, rel=1e-3)
+    assert log[0]["action_variance"] == pytest.approx(1, rel=0.01)
     assert log[0]["machine"] == train.machine()
     first, last = (row["loss_q"] for row in log if "loss_q" in row)
     assert last < 0.2 < first
@@ -350,7 +362,7 @@ def test_what_a_run_leaves(trained):
     assert "optimiser" not in kept and last["log"] == log
 
 
-def test_interrupted_training_equals_uninterrupted(saving, own, trained, tmp_path):
+def test_interrupted_training_equals_uninterrupted(saving, own, trained, tmp_path, monkeypatch):
     """Signals and kills; one command begins the run and goes on with it."""
     folder, steps = tmp_path / "runs" / "cut", [0]
     words = saving, *TINY, "--data", own, "--name", "cut", "--resume"
@@ -360,7 +372,8 @@ def test_interrupted_training_equals_uninterrupted(saving, own, trained, tmp_pat
     assert steps == sorted(set(steps)) and steps[-1] < 60
     assert_same_run(folder, trained)
     finished = contents(folder)
-    run(*words, cwd=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    begin(own, "cut", "--resume")
     assert contents(folder) == finished
 
 
@@ -376,11 +389,11 @@ def test_an_interrupted_baseline_goes_on(method, own, tmp_path, monkeypatch):
     assert_same_run(Path("runs/cut"), Path("runs/whole"))
 
 
-def test_going_on_otherwise(own, tiny_data, tmp_path, monkeypatch, capsys):
+def test_going_on_otherwise(own, pushes, tmp_path, monkeypatch, capsys):
     """Other threads are said in a line; other options, other data, a second process are refused."""
     monkeypatch.chdir(tmp_path)
     begin(own, "a", until=2)
-    for words, message in ((["--lr", 1], "another --lr"), (["--data", tiny_data], "not the data"),
+    for words, message in ((["--lr", 1], "another --lr"), (["--data", pushes], "not the data"),
                            ([], "holds a run")):
         with pytest.raises(common.UserError, match=message):
             begin(own, "a", *words, *["--resume"][:len(words)])
@@ -425,11 +438,11 @@ def test_two_processes_equal_one(saving, own, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("method", train.METHODS)
-def test_validation_tells_whether_demonstrations_count(method, tiny_data):
+def test_validation_tells_whether_demonstrations_count(method, own):
     """By the loss after the partner's; to a network that ignores them it is the same."""
     network, settings, _ = train.METHODS[method]
-    model = small_model(network, settings, size=16)
-    loader = data.TaskLoader(data.TaskSet(tiny_data, "val"), 2, K=1, random_support=False,
+    model = small_model(network, settings, size=32)
+    loader = data.TaskLoader(data.TaskSet(own, "val"), 2, K=1, random_support=False,
                              demo_frames=model.settings.demo_frames)
     options = {"validation_batches": 1, "device": "cpu"}
     values, batch = train.validate(model, loader, options), train.to_tensors(loader.batch(0), "cpu")
@@ -504,7 +517,7 @@ def test_settings_are_options(own, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     model = begin(own, "a", "--filters", 4, "--embedding-dim", 5, "--margin", 0.2, until=0).model
     assert model.embedding_net.convolutions[0].out_channels == 4
-    assert model.embed(torch.zeros(1, 2, 16, 16, 3, dtype=torch.uint8)).shape == (5,)
+    assert model.embed(torch.zeros(1, 2, 32, 32, 3, dtype=torch.uint8)).shape == (5,)
     assert model.settings.margin == 0.2
     model = begin(own, "b", "--method", "mil", "--inner-lr", 0.5, until=0).model
     assert model.settings.inner_lr == 0.5
@@ -560,7 +573,7 @@ def test_killed_evaluation_equals_uninterrupted(pushes, tmp_path):
     def marks():
         return written(tmp_path, "cut/trials/*.json")
 
-    words = HERE / "evaluate.py", "--data", pushes, *"--tasks 2 --trials 2 --shots 1 2".split()
+    words = HERE / "evaluate.py", "--data", pushes, *"--tasks 2 --trials 1 --shots 1 2".split()
     words, finished = (*words, "--gif", 1, "--out"), {}
     for _ in kill_often(marks, *words, tmp_path / "cut", "--workers", 1):
         assert finished.items() < marks().items()
@@ -569,7 +582,7 @@ def test_killed_evaluation_equals_uninterrupted(pushes, tmp_path):
     assert finished.items() < marks().items()
     rows = trials(tmp_path / "whole")
     assert trials(tmp_path / "cut") == rows
-    assert [row["shots"] for row in rows] == [1] * 4 + [2] * 4
+    assert [row["shots"] for row in rows] == [1, 1, 2, 2]
     films = [{path.name: path.read_bytes() for path in (tmp_path / name).glob("*.gif")}
              for name in ("cut", "whole")]
     assert films[0] == films[1] and set(films[0]) == {"task00-shots1.gif", "task00-shots2.gif"}
@@ -590,7 +603,7 @@ def test_shards_chosen_tasks_and_filmed_failures(tmp_path, monkeypatch):
     assert some == [row for row in trials("one") if row["task"] != 1]
     failing = {f"task{row['task']:02d}-shots0-trial0.gif" for row in some if not row["success"]}
     assert failing and {path.name for path in Path("some").glob("*.gif")} == failing
-    assert Image.open(Path("some", failing.pop())).height == evaluate.FAILURE_SIZE
+    assert Image.open(Path("some", failing.pop())).n_frames > 10
     with pytest.raises(common.UserError, match=r"other settings \(seed\)"):
         call(evaluate, *three, "one", "--seed", 1)
     with pytest.raises(SystemExit, match="2"):
@@ -635,6 +648,19 @@ def test_policies_without_demonstrations(tmp_path):
     assert row["final_distance"] == round(info["distance"], 5)
 
 
+class Robot:
+    """An environment of one's own, of two steps."""
+    obs = {"image": np.zeros((125, 125, 3), np.uint8), "state": np.zeros(20, np.float32)}
+
+    def reset(self, seed, options):
+        self.actions = []
+        return self.obs, {}
+
+    def step(self, action):
+        self.actions.append(action.shape)
+        return self.obs, 0.0, len(self.actions) == 2, False, {"actions": self.actions}
+
+
 def test_a_network_of_other_data(tmp_path):
     """It is not scored on the benchmark, though its sizes agree; rollout takes it anywhere."""
     content = torch.load(evaluate.SHIPPED, weights_only=True)
@@ -647,6 +673,7 @@ def test_a_network_of_other_data(tmp_path):
     task = sim.Task("mine", 0, bodies.target, bodies.distractor)
     policy = evaluate.policy_of(model, [sim.record_demo(env, task, 0, seed=0)])
     assert evaluate.rollout(env, policy, seed=0, options={"task": task})["success"]
+    assert evaluate.rollout(Robot(), policy)["actions"] == [(7,), (7,)]
 
 
 def test_the_shipped_weights_from_any_folder(tmp_path):
@@ -688,6 +715,17 @@ def test_profilers_optimisation_links_and_notebooks(words, tmp_path):
     assert len(written(tmp_path, "d/train/*")) == 2
 
 
+def test_a_notebook_can_still_be_interrupted(own, tmp_path, monkeypatch):
+    """After %run train.py."""
+    monkeypatch.chdir(tmp_path)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        call(train, *TINY, "--data", own, "--steps", 2)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 # Results --------------------------------------------------------------------------------------
 
 def test_tables_are_those_of_the_rows(tmp_path):
@@ -701,21 +739,25 @@ def test_tables_are_those_of_the_rows(tmp_path):
         program["load"](tmp_path)
 
 
-def test_embedding_map(tiny_data):
-    """A plain loop finds as many demonstrations nearest to their own task's sentence."""
-    compare = runpy.run_path(str(HERE / "results" / "embedding_map.py"))["compare"]
-    tasks, others = data.TaskSet(tiny_data, "train"), data.TaskSet(tiny_data, "val")
-    model, found = small_model(size=16), 0
+def test_embedding_map(pushes, tmp_path):
+    """Retrieval and nearness are those of a plain loop."""
+    (tmp_path / "data").mkdir()
+    os.symlink(pushes, tmp_path / "data" / "push")
+    run("results/embedding_map.py", "--out", "map.png", cwd=tmp_path)
+    figures = json.loads((tmp_path / "map.png.json").read_text())
+    tests, trains = data.TaskSet(pushes, "test"), data.TaskSet(pushes, "train")
+    model, _ = train.load_model(evaluate.SHIPPED.read_bytes())
 
     def s(task_set, task, demos):
         return model.embed(torch.from_numpy(task_set.ends[task, demos])).detach()
 
-    for task, demo in np.ndindex(4, 4):
-        rest = [number for number in range(4) if number != demo]
-        near = [s(tasks, task, [demo]) @ s(tasks, i, rest if i == task else range(4))
-                for i in range(4)]
-        found += int(np.argmax(near)) == task
-    figures = compare(model, tasks, others)[1]
-    assert figures["retrieval"] == found / 16
-    near = [[s(tasks, i, range(4)) @ s(others, j, range(4)) for j in range(2)] for i in range(4)]
-    assert figures["nearest_training_task"] == np.argmax(near, 1).tolist()
+    found, every = [], [0, 1, 2]
+    for task, demo in np.ndindex(2, 3):
+        rest = [number for number in every if number != demo]
+        own, other = s(tests, task, rest), s(tests, 1 - task, every)
+        found.append(s(tests, task, [demo]) @ (own - other) > 0)
+    assert figures["retrieval"] == pytest.approx(np.mean(found))
+    for task, nearness in enumerate(figures["nearest_similarity"]):
+        near = max(s(tests, task, every) @ s(trains, i, every) for i in range(2))
+        assert nearness == pytest.approx(near.item(), abs=1e-5)
+    assert len(Image.open(tmp_path / "map.png").getcolors(2 ** 24)) > 100

@@ -31,6 +31,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 import baselines
 import tecnets
@@ -192,14 +193,14 @@ def add_up(tensors):
 
 # Checkpoints and data -------------------------------------------------------------------------
 
-def load_checkpoint(content, name, device="cpu"):
+def load_checkpoint(content, name):
     """The dict of a checkpoint from its file's bytes; `name` is for messages.
 
     Raises UserError if a bit of it was changed (torch.load would take that), or for other files.
     """
     try:
         intact = zipfile.ZipFile(io.BytesIO(content)).testzip() is None
-        checkpoint = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
+        checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         intact &= checkpoint["format"] == FORMAT
     except Exception:  # whatever damaged bytes lead to
         intact = False
@@ -209,11 +210,11 @@ def load_checkpoint(content, name, device="cpu"):
     return checkpoint
 
 
-def load_model(content, name="the checkpoint", device="cpu"):
+def load_model(content, name="the checkpoint"):
     """(the network in evaluation mode, the checkpoint's dict) from the bytes of its file."""
-    checkpoint = load_checkpoint(content, name, device)
+    checkpoint = load_checkpoint(content, name)
     network, settings, _ = METHODS[checkpoint["options"]["method"]]
-    model = network(settings(**checkpoint["settings"])).to(device)
+    model = network(settings(**checkpoint["settings"]))
     model.load_state_dict(checkpoint["model"])
     return model.eval(), checkpoint
 
@@ -234,11 +235,6 @@ def open_data(options):
     if processes() > 1:
         dist.barrier()  # the others wait for the first
     return [TaskSet(folder, split, counts[split]) for split in counts]
-
-
-def kind_of(manifest):
-    """What of a data set's manifest makes it the same: all but the number of tasks."""
-    return {name: manifest[name] for name in manifest if name != "tasks"}
 
 
 def to_tensors(batch, device):
@@ -271,8 +267,8 @@ def validate(model, loader, options):
     """Means over the first batches of `loader`.
 
     They are the control loss on query demos; where tasks come in pairs, the same with the partner's
-    demonstrations, which is no higher if a network ignores the demonstration; TecNets' retrieval
-    accuracy and the median norm of its embeddings.
+    demonstrations, which is no higher if a network ignores the demonstration; of TecNets the
+    retrieval accuracy, and the median norm of the embeddings, which divides their learning rate.
     """
     rows = []
     for position in range(options["validation_batches"]):
@@ -284,8 +280,9 @@ def validate(model, loader, options):
             partners = s_U.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
             row["val_loss_partner"] = model.imitation_loss(*samples, partners).item()
         if isinstance(model, TecNets):
-            s_q = model.embed(batch["frames_q"][:, :, None])
-            negatives = model.settings.negatives
+            f_q = model.embeddings(batch["frames_q"])
+            row["val_norm"] = f_q.norm(dim=-1).median().item()
+            s_q, negatives = F.normalize(f_q, dim=-1), model.settings.negatives
             row["val_accuracy"] = embedding_loss(s_U, s_q, negatives=negatives)[1].item()
         rows.append(row)
     return {name: statistics.mean(row[name] for row in rows) for name in rows[0]}
@@ -296,14 +293,13 @@ class Run:
 
     def __init__(self, folder, options, train_set, val_set):
         self.folder, self.is_first = folder, launched()[0] == 0
-        self.options, self.steps, self.data = options, options["steps"], kind_of(train_set.manifest)
+        self.options, self.steps, self.data = options, options["steps"], train_set.manifest
         self.step, self.seconds, self.log, self.recent_losses = 0, 0.0, [], []
         torch.manual_seed(options["seed"])
         network, settings, _ = METHODS[options["method"]]
-        chosen = {field.name: type(field.default)(options[field.name])
-                  for field in fields(settings) if field.name not in SIZES}
-        sizes = {name: self.data[name] for name in SIZES}
-        self.model = network(settings(**sizes, **chosen), **train_set.statistics())
+        chosen = {field.name: type(field.default)({**options, **self.data}[field.name])
+                  for field in fields(settings)}
+        self.model = network(settings(**chosen), **train_set.statistics())
         self.model.to(options["device"]).use_bfloat16 = bool(options["bfloat16"])
         self.optimiser = torch.optim.Adam(self.model.parameters(), lr=options["lr"])
         self.scheduler = self.build_scheduler()
@@ -332,10 +328,10 @@ class Run:
         if schedule == "one-cycle":
             return schedules.OneCycleLR(self.optimiser, self.options["lr"], pct_start=0.1,
                                         total_steps=self.steps + 1, cycle_momentum=False)
-        if schedule == "constant":
-            return schedules.ConstantLR(self.optimiser, 1.0)
+        fall = 0.2 * self.steps
         return schedules.LambdaLR(
-            self.optimiser, lambda step: min(1, (self.steps - step) / (0.2 * self.steps)))
+            self.optimiser,
+            lambda step: 1 if schedule == "constant" else min(1, (self.steps - step) / fall))
 
     def save(self, name, weights_only=False):
         if not self.is_first:
@@ -361,7 +357,7 @@ class Run:
         self.log, self.recent_losses = state["log"], state["recent_losses"]
         for part in ("model", "optimiser", "scheduler", "loader"):
             getattr(self, part).load_state_dict(state[part])
-        torch.set_rng_state(state["generator"].cpu())
+        torch.set_rng_state(state["generator"])
         others = {name: value for name, value in machine().items()
                   if state["machine"][name] != value}
         if others and self.is_first:
@@ -394,11 +390,12 @@ class Run:
             last = self.step == self.steps
             if self.step % LOG_STEPS == 0 or last:
                 means = torch.tensor(self.recent_losses).mean(0).tolist()
+                means = dict(zip(losses, means))
                 self.recent_losses.clear()
-                self.log.append({"step": self.step, **dict(zip(losses, means)),
-                                 "lr": self.scheduler.get_last_lr()[0],
+                self.log.append({"step": self.step, **means, "lr": self.scheduler.get_last_lr()[0],
                                  "seconds": round(self.seconds, 1)})
-                self.show(self.log[-1])
+                if self.is_first:
+                    self.show(means)
             if self.step % o["validate_every"] == 0 or last:
                 values = validate(model, self.val_loader, o)
                 self.log.append({"step": self.step, **values})
@@ -416,14 +413,11 @@ class Run:
         add_up([stops])
         return bool(stops)
 
-    def show(self, row):
-        if self.is_first:
-            pace = self.step / self.seconds
-            values = "  ".join(f"{name} {row[name]:.4g}"
-                               for name in ("loss_q", "loss_emb", "accuracy") if name in row)
-            progress(f"step {self.step}/{self.steps}  {pace:.2f}/s  {values}  "
-                     f"{(self.steps - self.step) / pace / 60:.1f} min left",
-                     end=self.step == self.steps)
+    def show(self, losses):
+        pace, left = self.step / self.seconds, self.steps - self.step
+        values = "  ".join(f"{name} {value:.4g}" for name, value in losses.items())
+        progress(f"step {self.step}/{self.steps}  {pace:.2f}/s  {values}  "
+                 f"{left / pace / 60:.1f} min left", end=not left)
 
 
 def choose(folder, options, given):
@@ -454,7 +448,7 @@ def start(folder, options, given):
     options, checkpoint = choose(folder, options, given)
     join(options["device"])
     train_set, val_set = open_data(options)
-    if checkpoint and checkpoint["data"] != kind_of(train_set.manifest):
+    if checkpoint and checkpoint["data"] != train_set.manifest:
         raise UserError(f"{options['data']} is not the data set that {folder} was begun with: "
                         "bring that one back, or say with --data where it is")
     run = Run(folder, options, train_set, val_set)

@@ -1,16 +1,12 @@
-r"""Measure what the stages of the job cost.
+"""Measure what the stages of the job cost.
 
     python results/benchmark.py --json results/benchmark.json
-    OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 results/benchmark.py \
-        --json results/benchmark.json shared
 
-Stages are memory, seconds, shared, evaluation and methods, all by default. Figures are bytes of
-memory, trials of evaluation a second, otherwise medians in seconds; those of other stages in the
-file stay. Needs data/push. Nothing else should be running.
+Stages are seconds and evaluation, both by default. Figures are medians in seconds, and trials of
+evaluation a second. Needs data/push. Nothing else should be running.
 """
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -27,7 +23,7 @@ import baselines
 import sim
 import tecnets
 import train
-from common import cores, run_program, write_json
+from common import HelpFormatter, cores, run_program, write_json
 from data import TaskLoader, TaskSet
 from evaluate import policy_of
 from tecnets import TecNets
@@ -41,10 +37,10 @@ def medians(sides):
             for name, side in sides.items()}
 
 
-def random_batch(tasks, size=125, samples=2, frames=2):
+def random_batch(tasks, samples=2, frames=2):
     """A batch of random images with one support and one query demo a task."""
     def images(*shape):
-        return torch.randint(0, 256, (tasks, *shape, size, size, 3), dtype=torch.uint8)
+        return torch.randint(0, 256, (tasks, *shape, 125, 125, 3), dtype=torch.uint8)
 
     return {"frames_U": images(1, frames), "frames_q": images(1, 2), "images": images(2, samples),
             "states": torch.randn(tasks, 2, samples, 20),
@@ -59,27 +55,20 @@ def plain_step(model, batch):
 
 # Stages ---------------------------------------------------------------------------------------
 
-def memory():
-    """Peaks of this process; they only rise."""
-    peaks = {}
-    for tasks in (B, 8 * B):
-        TecNets().backward(random_batch(tasks))
-        usage = resource.getrusage(resource.RUSAGE_SELF)
-        peaks[f"peak memory, {tasks} tasks"] = 1024 * usage.ru_maxrss
-    return peaks
-
-
 def seconds():
     model, bfloat16, mil = TecNets(), TecNets(), baselines.MIL()
     bfloat16.use_bfloat16 = True
-    batch, mil_batch = random_batch(B), random_batch(15, samples=10, frames=10)
+    batch, mil_batch = random_batch(B), random_batch(15, 10, 10)
     loader = TaskLoader(TaskSet("data/push", "train", B), B, K=1, M=2)
     blind, env = sim.PushEnv(render_mode=None), sim.PushEnv()
     options = {"task": sim.make_task("train", 0)}
     blind.reset(seed=0, options=options)
     env.reset(seed=0, options=options)
     action = np.zeros(sim.ACTION_DIM)
+    one = random_batch(1)
+    image, state, sentence = one["images"][0, 0, 0], one["states"][0, 0, 0], torch.ones(20)
     return medians({
+        "action": lambda: model.act(image, state, sentence),
         "step, float32": lambda: model.backward(batch),
         "step, float32, plain": lambda: plain_step(model, batch),
         "step, bfloat16": lambda: bfloat16.backward(batch),
@@ -89,19 +78,6 @@ def seconds():
         "simulator step, rendered": lambda: env.step(action)})
 
 
-def shared():
-    """A step whose tasks the processes of torchrun share."""
-    n, model = tecnets.processes(), TecNets()
-    model.use_bfloat16 = True
-    batch = random_batch(B // n)
-
-    def step():
-        model.backward(batch)
-        train.add_up([p.grad for p in model.parameters()])
-
-    return medians({f"step, bfloat16, processes: {n}": step})
-
-
 def evaluation():
     with tempfile.TemporaryDirectory() as out:
         command = [sys.executable, "evaluate.py", "--shots", "1", "--out", out]
@@ -109,31 +85,14 @@ def evaluation():
     return {f"evaluation, cores: {cores()}": 444 / took}
 
 
-def methods():
-    """Parameters, and the costs on one core of an adaptation to a demonstration and an action."""
-    torch.set_num_threads(1)
-    demo = {"frames": np.zeros((sim.HORIZON, 125, 125, 3), np.uint8)}
-    obs = {"image": demo["frames"][0], "state": np.zeros(20, np.float32)}
-    figures = {}
-    for path in HERE.rglob("weights.pt"):
-        model, content = train.load_model(path.read_bytes(), path)
-        policy = policy_of(model, [demo])
-        costs = medians({"adapt": lambda: policy_of(model, [demo]), "act": lambda: policy(obs)})
-        figures[content["options"]["method"]] = dict(
-            parameters=sum(p.numel() for p in model.parameters()),
-            adapt_ms=1000 * costs["adapt"], act_ms=1000 * costs["act"])
-    return figures
-
-
-STAGES = {stage.__name__: stage for stage in (memory, seconds, shared, evaluation, methods)}
+STAGES = {stage.__name__: stage for stage in (seconds, evaluation)}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("stages", nargs="*")
     parser.add_argument("--json", required=True)
     args = parser.parse_args()
-    train.join("cpu")
     train.keep_freed_memory()
     report = json.load(open(args.json))
     for name in args.stages or STAGES:

@@ -6,11 +6,10 @@ Every stored rate and interval is first computed again from its trial rows; a fi
 stops the program.
 
 Folders: seedN holds a run of our recipe: its log.jsonl and a folder for each evaluation. expert and
-random hold the evaluations of these, fast a short run of our recipe, paper one of the paper's.
-methods/NAME holds a baseline's run; `first` in it the run from whose weights it went on.
-ablations/NAME holds one evaluation and the run's log, recipe/NAME too, without a table.
-curve/step-N holds validation trials of the weights at that step. A table stands between
-`<!-- NAME -->` and `<!-- end -->`.
+random hold the evaluations of these, paper a short run of the paper's recipe. methods/NAME holds a
+baseline's run; `first` in it the run from whose weights it went on. ablations/NAME holds one
+evaluation and the run's log. curve/step-N holds validation trials of the weights at that step. A
+table stands between `<!-- NAME -->` and `<!-- end -->`.
 """
 import json
 import math
@@ -36,7 +35,6 @@ PUBLISHED = {"random": "0.45", "lstm": "34.23 / 31.98", "contextual": "56.98 / 5
              "mil": "66.44 / 70.50", "tecnets": "77.25 / 80.86 (unverified)"}
 COLOURS = {"lstm": "#7f8c8d", "contextual": "#2e86c1", "mil": "#d68910", "tecnets": "#c0392b"}
 CORES = {"lstm": 1, "lstm, continued": 2, "contextual": 1, "mil": 2, "tecnets": 2}  # of older runs
-EQUAL_CORE_HOURS = 2 * 100 / 60  # 100 minutes on two cores
 FIGURES = ("success [95 % interval]", "final distance < 0.05 m", "distractor moved > 0.03 m",
            "both of a pair")
 
@@ -195,19 +193,15 @@ def every_seed():
     return grid(*rows)
 
 
-def methods(costs):
-    """The paper's comparison, each method at its last step; `costs` are those of one core."""
-    rows = [("", "shots", *FIGURES, "more than MIL", "control loss, partner's", "parameters",
-             "adaptation, action", "steps", "core-hours")]
+def methods():
+    """The paper's comparison, each method at its last step."""
+    rows = [("", "shots", *FIGURES, "more than MIL", "control loss, partner's", "steps",
+             "core-hours")]
     mil = {result["shots"]: result for result in load(METHODS["mil"] / "test")["results"]}
     for method, folder in METHODS.items():
         report = load(folder / "test")
         steps, hours = trained(method, report["network"])
-        cost = parameters = ""
-        if method in costs:
-            parameters = f"{costs[method]['parameters']:,}"
-            cost = f"{costs[method]['adapt_ms']:.1f}, {costs[method]['act_ms']:.1f} ms"
-        once = control_loss(folder), parameters, cost, f"{steps:,}", f"{hours:.1f}"
+        once = control_loss(folder), f"{steps:,}", f"{hours:.1f}"
         for result in report["results"]:
             more = "" if method == "mil" else difference(result, mil[result["shots"]])
             rows.append((NAMES[method], result["shots"], *figures(result), more, *once))
@@ -222,36 +216,6 @@ def curve(method):
         report = load(path.parent)
         points.append((*trained(method, report["network"]), report["results"][0]))
     return sorted(points, key=lambda point: point[0])
-
-
-def equal_time():
-    """The last weights that each method had kept within EQUAL_CORE_HOURS."""
-    rows = [("", "validation, 1 shot", "both of a pair", "steps", "core-hours")]
-    for method in METHODS:
-        points = [point for point in curve(method) if point[1] <= EQUAL_CORE_HOURS]
-        for steps, hours, result in points[-1:]:
-            rows.append((NAMES[method], percent(result), both(result), f"{steps:,}",
-                         f"{hours:.1f}"))
-    return grid(*rows)
-
-
-def failures():
-    """What happened in the one-shot test trials that failed."""
-    rows = [("", "failed", "distractor moved > 0.1 m", "neither moved", "other")]
-    by_chance = load(HERE / "random")["results"][0]["trials"]
-    rest = {scene(row): row["final_distance"] for row in by_chance}
-    for method, folder in METHODS.items():
-        result = load(folder / "test")["results"][0]
-        failed = moved = neither = 0
-        for row in result["trials"]:
-            if not row["success"]:
-                failed += 1
-                pushed = abs(row["final_distance"] - rest[scene(row)])
-                moved += row["distractor_displacement"] > 0.1
-                neither += row["distractor_displacement"] <= 0.03 and pushed < 0.02
-        rows.append((NAMES[method], f"{failed}/{result['n_trials']}", moved, neither,
-                     failed - moved - neither))
-    return grid(*rows)
 
 
 def ablations():
@@ -278,16 +242,6 @@ def ablations():
     return grid(*rows)
 
 
-def short_runs():
-    rows = [("", "success [95 % interval]", "control loss, partner's", "steps", "training")]
-    for name in ("fast", "paper"):
-        report = load(HERE / name / "val")
-        network = report["network"]
-        rows.append((f"`{name}/`", percent(report["results"][0]), control_loss(HERE / name),
-                     f"{network['step']:,}", f"{network['seconds'] / 60:.0f} min"))
-    return grid(*rows)
-
-
 def map_caption():
     found = json.loads((HERE / "embedding-map.png.json").read_text())
     nearness = found["nearest_similarity"]
@@ -299,15 +253,13 @@ def map_caption():
 
 
 def costs(report):
-    """The seconds, trials a second and bytes that benchmark.py measured."""
+    """The seconds and trials a second that benchmark.py measured."""
     rows = [("", "cost")]
     for stage, values in report.items():
         for name, value in values.items():
             text = f"{1000 * value:.1f} ms" if value < 0.1 else f"{value:.2f} s"
             if stage == "evaluation":
                 text = f"{value:.1f} trials a second"
-            if stage == "memory":
-                text = f"{value / 1e9:.2f} GB"
             rows.append((name, text))
     return grid(*rows)
 
@@ -340,8 +292,7 @@ def fill(text, tables):
 def filled():
     """{path: its text with all tables filled} of both READMEs."""
     benchmark = json.loads((HERE / "benchmark.json").read_text())
-    own = {"seeds": every_seed(), "methods": methods(benchmark.pop("methods")),
-           "equal": equal_time(), "failures": failures(), "short": short_runs(),
+    own = {"seeds": every_seed(), "methods": methods(),
            "ablations": ablations(), "map": map_caption(), "costs": costs(benchmark)}
     tables = {HERE.parent / "README.md": {"results": results()}, HERE / "README.md": own}
     return {path: fill(path.read_text(), tables[path]) for path in tables}
