@@ -102,6 +102,12 @@ def choose_demos(evaluation, index, trial, shots):
     return np.random.default_rng(key).permutation(n_demos)[:shots].tolist()
 
 
+def scene_seed(evaluation, index, trial):
+    """The seed of a trial's scene, the same for both tasks of a pair."""
+    key = [evaluation["seed"], sim.split_key(evaluation["split"]), index // 2, trial]
+    return int(np.random.default_rng(key).integers(2 ** 31))
+
+
 def try_task(path, evaluation, index, shots, checkpoint, data_folder, filmed):
     """Write the file of a task's trials with a number of shots, after their GIFs if `filmed`.
 
@@ -126,11 +132,9 @@ def try_task(path, evaluation, index, shots, checkpoint, data_folder, filmed):
         numbers = choose_demos(evaluation, index, trial, shots)
         demos = [demo(number) for number in numbers]
         policy = make_policy(name, env, demos, checkpoint, [seed, index, trial])
-        # The same scene for both tasks of a pair, with the roles swapped:
-        scene = np.random.default_rng([seed, sim.split_key(split), index // 2, trial])
-        options = {"task": task, "swap": index % 2 == 1}
+        options = {"task": task, "swap": index % 2 == 1}  # the same scene with the roles swapped
         film = [] if pictures else None
-        info = rollout(env, policy, int(scene.integers(2 ** 31)), options, film)
+        info = rollout(env, policy, scene_seed(evaluation, index, trial), options, film)
         row = {"shots": shots, "task": index, "trial": trial, "success": bool(info["success"]),
                "final_distance": round(info["distance"], 5),
                "distractor_displacement": round(info["distractor_displacement"], 5),

@@ -214,7 +214,7 @@ def test_workers_end_with_their_parent(number, tmp_path):
     def ended():
         return all(not path.exists() or not path.read_bytes() for path in workers)  # or a zombie
 
-    with started(HERE / "data.py", "--out", tmp_path, "--workers", 2, "--demos", 4,
+    with started(HERE / "data.py", "--out", tmp_path, "--workers", 2, "--demos", 3,
                  stderr=subprocess.PIPE) as process:
         wait_for(made, process)
         workers = [Path(f"/proc/{pid}/cmdline") for pid in children(process.pid)]
@@ -590,7 +590,7 @@ def test_killed_evaluation_equals_uninterrupted(pushes, tmp_path):
 
 def test_shards_chosen_tasks_and_filmed_failures(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    words = "--policy", "random", "--trials", 1
+    words = "--policy", "random", "--trials", 1, "--workers", 1
     three = *words, "--tasks", 3, "--out"
     call(evaluate, *three, "one")
     call(evaluate, *three, "shared", "--shard", "0/2")

@@ -38,7 +38,8 @@ def test_sentence_by_hand():
     f = torch.tensor([[3.0, 0.0], [0.0, 1.0]])
     assert_close(sentence(f), torch.tensor([3, 1]) / 10 ** 0.5)
     assert_close(sentence(f, "norm-mean-norm"), torch.tensor([1, 1]) / 2 ** 0.5)
-    assert_close(sentence(f[:, None]), torch.eye(2))  # two tasks, each for itself
+    f = torch.tensor([[[3.0, 4.0]], [[0.0, 0.5]]])  # two tasks, each for itself
+    assert_close(sentence(f), torch.tensor([[0.6, 0.8], [0, 1]]))
 
 
 def test_embedding_loss_by_hand():
@@ -193,9 +194,11 @@ def test_tools_that_take_any_network(name):
     """One observation, inference mode, contiguous weights, numbers of numpy; floats are refused."""
     model, batch = small_method(name, filters=np.int64(4))
     images, states, frames = batch["images"][:, 1], batch["states"][:, 1], batch["frames_U"]
-    actions = model(images, states, model.embed(frames))
+    context = model.embed(frames)
+    actions = model(images, states, context)
+    assert (model(images, states + 1, context) != actions).any()
     with torch.inference_mode():
-        action = model.act(images[3, 1], states[3, 1], model.embed(frames[3]))
+        action = model.act(images[3, 1], states[3, 1], model.embed(frames[3].clone()))
     assert_close(action, actions[3, 1].detach())
     assert all(p.is_contiguous() for p in model.parameters())
     torch.nn.utils.parameters_to_vector(model.parameters())
