@@ -7,8 +7,9 @@ Settings are those of MIL's public code (github.com/tianheyu927/mil, scripts/run
 form with states and actions) and paper (Finn et al., One-Shot Visual Imitation Learning via
 Meta-Learning, CoRL 2017, arXiv 1709.04905, section 6 and appendix A.2), simulated pushing. Here
 only the frames of a demonstration are seen, its states and actions are not ("video only"), with the
-linear learned loss of that paper. The other two have no public code; they take MIL's convolutions
-and fully connected layers, without the learned picture, numbers and loss of its inner step.
+linear learned loss of that paper; the public video-only script adds a temporal loss. The other two
+have no public code; they take MIL's convolutions and fully connected layers, without the learned
+picture, numbers and loss of its inner step.
 
 Some things differ from the published. For speed, MIL reads 10 evenly spaced frames of one
 demonstration and draws 10 control samples from three others; it had all 100 frames of one and all
@@ -26,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tecnets import CONVOLUTIONS, KERNEL, Policy, map_size, processes
+from tecnets import CONVOLUTIONS, KERNEL, Policy, n_features, processes
 
 CONVOLUTION = dict(stride=2, padding=KERNEL // 2)
 
@@ -101,8 +102,7 @@ def vision(planes, settings):
         planes = settings.filters
     if settings.features == "points":
         return nn.Sequential(*layers, FeaturePoints()), 2 * settings.filters
-    h, w = map_size(settings)
-    return nn.Sequential(*layers, nn.Flatten()), settings.filters * h * w
+    return nn.Sequential(*layers, nn.Flatten()), n_features(settings)
 
 
 def fully_connected(inputs, settings):
@@ -149,10 +149,12 @@ class Baseline(Policy):
         images, states, actions = (batch[name][:, 1] for name in ("images", "states", "actions"))
         b, K, n = frames.shape[:3]
         B, total = b * processes(), 0.0
-        for part in torch.arange(b).split(max(1, chunk // (K * (n + images.shape[1])))):
-            at = slice(int(part[0]), int(part[-1]) + 1)
+        size = max(1, chunk // (K * (n + images.shape[1])))
+        for start in range(0, b, size):
+            at = slice(start, start + size)
             context = self.embed(frames[at])
-            loss = len(part) / B * self.imitation_loss(images[at], states[at], actions[at], context)
+            loss = self.imitation_loss(images[at], states[at], actions[at], context)
+            loss = len(context) / B * loss
             (self.loss_scale * loss).backward()
             total = total + loss.detach()
         return {"loss": total, "loss_q": total}

@@ -29,7 +29,7 @@ from common import (HelpFormatter, UserError, claim, cores, launched, make_files
 FORMAT = 5
 FULL_DATA = {"tasks": {"train": 693, "val": 76, "test": 74}, "demos": 12, "seed": 0}  # benchmark
 SPLITS = tuple(FULL_DATA["tasks"])
-STD_FLOOR = 1e-3  # of the statistics, as in MIL
+STD_FLOOR = 1e-3  # of the benchmark's states, as in MIL
 
 
 # Writing --------------------------------------------------------------------------------------
@@ -49,7 +49,7 @@ def generate(folder, tasks, demos, seed, workers=None, shard=(0, 1)):
     manifest = dict(
         format=FORMAT, benchmark=sim.VERSION, seed=seed, demos=demos, image_height=sim.IMAGE_SIZE,
         image_width=sim.IMAGE_SIZE, state_dim=sim.STATE_DIM, action_dim=sim.ACTION_DIM,
-        normalise_actions=False, mirror=sim.MIRROR, recolour=True, pairs=True)
+        mirror=sim.MIRROR, recolour=True, pairs=True)
     claim_data(folder, manifest, tasks)
     jobs = [(task_path(folder, split, index), split, index, demos, seed)
             for split in tasks for index in range(tasks[split])]
@@ -72,13 +72,14 @@ def claim_data(folder, manifest, tasks):
     claim(folder / "manifest.json", {**manifest, "tasks": counts}, free=("tasks",))
 
 
-def write_data_set(folder, tasks, mirror=None, recolour=False, pairs=False, normalise_actions=True):
+def write_data_set(folder, tasks, mirror=None, recolour=False, pairs=False):
     """Write a data set of your own.
 
     `tasks` maps the splits "train" and "val" (and "test", if wanted) to their tasks, a list or a
     generator. A task is a list of demonstrations, a demonstration a dict of `frames` (T, H, W, 3)
     uint8, `states` (T, S) and `actions` (T, A), each anything that np.asarray takes; T may differ.
-    All tasks have equally many demonstrations. Actions may be in any units (`normalise_actions`).
+    All tasks have equally many demonstrations. Numbers may be in any units; they are stored as
+    float32, so large offsets, as those of time stamps, are to be subtracted first.
     `mirror` is a dict of `states` (S,) and `actions` (A,), factors 1 or -1 that turn them into
     those of the scene seen in a mirror; without it batches cannot be mirrored. `recolour` says that
     a picture whose green and blue are exchanged shows a valid scene, too; `pairs` that tasks 2k and
@@ -97,7 +98,7 @@ def write_data_set(folder, tasks, mirror=None, recolour=False, pairs=False, norm
         for index, demos in enumerate(tasks[split]):
             demos = [{name: np.asarray(demo[name]) for name in ("frames", "states", "actions")}
                      for demo in demos]
-            manifest = manifest or _manifest_of(demos, mirror, recolour, pairs, normalise_actions)
+            manifest = manifest or _manifest_of(demos, mirror, recolour, pairs)
             _check_demos(manifest, demos, f"{split} task {index}")
             write_task(task_path(folder, split, index), demos)
             counts[split] += 1
@@ -106,7 +107,7 @@ def write_data_set(folder, tasks, mirror=None, recolour=False, pairs=False, norm
     write_json(folder / "manifest.json", {**manifest, "tasks": counts})  # last: now it is whole
 
 
-def _manifest_of(demos, mirror, recolour, pairs, normalise_actions):
+def _manifest_of(demos, mirror, recolour, pairs):
     """The manifest of a data set that has these as its first demonstrations."""
     height, width = demos[0]["frames"].shape[1:3]
     sizes = {name: demos[0][name].shape[-1] for name in ("states", "actions")}
@@ -117,7 +118,7 @@ def _manifest_of(demos, mirror, recolour, pairs, normalise_actions):
                 raise ValueError(f"mirror[{name!r}] has {size} factors, 1 or -1")
     return dict(format=FORMAT, benchmark=None, seed=None, demos=len(demos), image_height=height,
                 image_width=width, state_dim=sizes["states"], action_dim=sizes["actions"],
-                normalise_actions=normalise_actions, mirror=mirror, recolour=recolour, pairs=pairs)
+                mirror=mirror, recolour=recolour, pairs=pairs)
 
 
 def _check_demos(manifest, demos, task):
@@ -203,6 +204,7 @@ class TaskSet:
                                      for name in ("states", "actions"))
         self.lengths = np.array([task["lengths"] for task in arrays])  # (N, D)
         self._first_rows = np.cumsum([0, *self.lengths.flat])[:-1].reshape(self.lengths.shape)
+        self.ends = None
         tasks, demos = np.ogrid[:self.n_tasks, :self.n_demos]
         self.ends = self.demo_frames(tasks, demos, 2)
 
@@ -243,7 +245,7 @@ class TaskSet:
 
     def demo_frames(self, tasks, demos, n):
         """`n` evenly spaced frames (..., n, H, W, 3) of demonstrations; the indices broadcast."""
-        if n == 2 and hasattr(self, "ends"):
+        if n == 2 and self.ends is not None:
             return self.ends[tasks, demos]
         tasks, demos = np.broadcast_arrays(tasks, demos)
         lengths = self.lengths[tasks, demos]
@@ -251,16 +253,22 @@ class TaskSet:
         return self.frames(tasks[..., None], demos[..., None], times)
 
     def statistics(self):
-        """Mean and deviation of states (S,) and, if they are to be normalised, of actions (A,).
+        """Mean and deviation of states (S,) and actions (A,), for a network of these tasks.
 
-        Deviations are at least STD_FLOOR, those of the actions that share of their largest one.
+        The deviation of what is constant is 1. The benchmark's actions, fractions of limits, stay
+        as they are.
         """
-        states, actions = self.states.astype(np.float64), self.actions.astype(np.float64)
-        values = {"state_mean": states.mean(0), "state_std": np.maximum(states.std(0), STD_FLOOR)}
-        if self.manifest["normalise_actions"]:
-            std = actions.std(0)
-            values["action_mean"] = actions.mean(0)
-            values["action_std"] = np.maximum(std, STD_FLOOR * std.max())
+        values = {}
+        for name, rows in (("state", self.states), ("action", self.actions)):
+            rows = rows.astype(np.float64)
+            mean, std = rows.mean(0), rows.std(0)
+            if not self.manifest["benchmark"]:
+                std = np.where(std > 1e-6 * np.abs(mean), std, 1)
+            elif name == "state":
+                std = np.maximum(std, STD_FLOOR)
+            else:
+                mean, std = np.zeros_like(mean), np.ones_like(std)
+            values |= {f"{name}_mean": mean, f"{name}_std": std}
         return {name: array.astype(np.float32) for name, array in values.items()}
 
 
@@ -287,8 +295,8 @@ class TaskLoader:
     was drawn is told by `tasks`, `mirrored`, `recoloured` and `hues` (B,), `demos` (B, K + Q),
     `control_demos` and `times` (B, 2, M).
 
-    In batches without pairs hardly a task has its partner, from which it is hard to tell: they
-    hardly teach to heed the demonstration. The last of an odd number of tasks is never drawn.
+    Without pairs, a task's partner is rarely in its batch, and telling partners apart is what
+    teaches to heed the demonstration. With pairs, the last of an odd number is never drawn.
     Batches are prepared ahead in background threads. Raises UserError if the data do not allow what
     is asked for.
     """
@@ -299,14 +307,15 @@ class TaskLoader:
     M: int = 4
     seed: int = 0
     time_exponent: float = 3.0  # times are T u^this, u uniform: more than 1 favours the start
-    random_support: bool = True  # every batch draws its K from 1 to K
+    random_support: bool = True  # K is drawn anew for every batch, from 1 to this
     # Half of the tasks are seen in a mirror, half with green and blue exchanged, all demos of a
     # task alike; tasks 2k and 2k + 1, the same objects in exchanged roles, are drawn together and
     # seen alike. None: where the data allow it.
     mirror: bool | None = None
     recolour: bool | None = None
     pairs: bool | None = None
-    hue_jitter: float = 0.6  # radians by which the colours of a task are turned at most
+    # Radians by which the colours of a task are turned at most. None: 0.6 if recolour is allowed.
+    hue_jitter: float | None = None
     demo_frames: int = 2
     query_frames: bool = True  # whether frames_q are read
     threads: int = 1
@@ -319,8 +328,10 @@ class TaskLoader:
             if getattr(self, name) and not allowed:
                 raise UserError(f"nothing says that these data allow {name}: use --{name} 0, or "
                                 "tell write_data_set")
-            if getattr(self, name) is None:
-                setattr(self, name, allowed)
+            value = getattr(self, name)
+            setattr(self, name, allowed if value is None else bool(value))
+        if self.hue_jitter is None:
+            self.hue_jitter = 0.6 if data.manifest["recolour"] else 0.0
         self.group = 2 if self.pairs else 1
         rank, size = self.shard
         if self.B > data.n_tasks or self.B % self.group or self.B % size:
@@ -346,8 +357,8 @@ class TaskLoader:
         groups = B // group
         tasks = rng.choice(data.n_tasks // group, groups, replace=False)
         tasks = (tasks[:, None] * group + np.arange(group)).ravel()  # (B,)
-        mirrored = np.repeat(rng.random(groups) < 0.5 * self.mirror, group)
-        recoloured = np.repeat(rng.random(groups) < 0.5 * self.recolour, group)
+        mirrored = np.repeat((rng.random(groups) < 0.5) & self.mirror, group)
+        recoloured = np.repeat((rng.random(groups) < 0.5) & self.recolour, group)
         demos = np.stack([rng.choice(data.n_demos, K + Q, replace=False) for _ in tasks])
         picks = np.stack([rng.integers(0, K, (B, M)), rng.integers(K, K + Q, (B, M))], 1)
         control_demos = np.take_along_axis(demos[:, None], picks, 2)  # (B, 2, M)
@@ -370,9 +381,7 @@ class TaskLoader:
 
     def _augment(self, batch):
         mirrored, recoloured, hues = (batch[name] for name in ("mirrored", "recoloured", "hues"))
-        for name in ("frames_U", "frames_q", "images"):
-            if name not in batch:
-                continue
+        for name in batch.keys() & {"frames_U", "frames_q", "images"}:
             frames = batch[name]
             pixels = frames.view("V3")  # moved whole: twice as fast as their 3 bytes
             pixels[mirrored] = pixels[mirrored][..., ::-1, :]

@@ -26,8 +26,8 @@ import torch
 from PIL import Image, ImageDraw
 
 import sim
-from common import (HelpFormatter, UserError, claim, cores, installed_packages, launched,
-                    make_files, run_program, shard, write_atomically, write_json)
+from common import (HelpFormatter, UserError, claim, cores, launched, make_files, run_program,
+                    shard, write_atomically, write_json)
 from data import FULL_DATA, TaskSet, evenly_spaced, read_manifest
 from train import METHODS, load_model, machine
 
@@ -57,22 +57,22 @@ def policy_of(model, demos=(), context=None):
     return policy
 
 
-def make_policy(name, env, demos, checkpoint, seed):
+def make_policy(name, env, demos, weights, seed):
     """The policy of a name in POLICIES for one trial."""
     if name == "expert":
         return lambda obs: sim.expert_action(env)
     if name == "random":
         rng = np.random.default_rng(seed)
         return lambda obs: rng.uniform(-1, 1, sim.ACTION_DIM)
-    model = _load_network(checkpoint)
+    model = _load_network(weights)
     if name == "no-demo":  # a zero sentence: what TecNets does without being told the task
         return policy_of(model, context=torch.zeros(model.settings.embedding_dim))
     return policy_of(model, demos)
 
 
 @functools.lru_cache(maxsize=1)
-def _load_network(checkpoint):
-    return load_model(checkpoint)[0]
+def _load_network(weights):
+    return load_model(weights)[0]
 
 
 def rollout(env, policy, seed=None, options=None, film=None):
@@ -108,30 +108,32 @@ def scene_seed(evaluation, index, trial):
     return int(np.random.default_rng(key).integers(2 ** 31))
 
 
-def try_task(path, evaluation, index, shots, checkpoint, data_folder, filmed):
+def try_task(path, evaluation, index, shots, weights, data_folder, filmed):
     """Write the file of a task's trials with a number of shots, after their GIFs if `filmed`.
 
-    `checkpoint` is the content of a network's file; demonstrations come from `data_folder`, or are
+    `weights` are the bytes of a checkpoint's file; demonstrations come from `data_folder`, or are
     recorded if it is None.
     """
     start, failures = time.perf_counter(), evaluation["film_failures"]
     name, split, seed = (evaluation[key] for key in ("policy", "split", "seed"))
+    # Without images an environment is faster, and the expert looks at none.
     pictures = filmed or failures or name not in ("expert", "random")
     env = sim.PushEnv(render_mode="rgb_array" if pictures else None)
     task = sim.make_task(split, index)
-    data = TaskSet(data_folder, split, [index]) if data_folder else None
+    task_set = TaskSet(data_folder, split, [index]) if data_folder else None
 
     @functools.cache
     def demo(number):
-        if data:
-            return {"frames": data.frames(0, number, np.arange(data.lengths[0, number]))}
+        if task_set:
+            times = np.arange(task_set.lengths[0, number])
+            return {"frames": task_set.frames(0, number, times)}
         return sim.record_demo(env, task, number, evaluation["demos"][0])
 
     rows, films = [], []
     for trial in range(evaluation["trials"]):
         numbers = choose_demos(evaluation, index, trial, shots)
         demos = [demo(number) for number in numbers]
-        policy = make_policy(name, env, demos, checkpoint, [seed, index, trial])
+        policy = make_policy(name, env, demos, weights, [seed, index, trial])
         options = {"task": task, "swap": index % 2 == 1}  # the same scene with the roles swapped
         film = [] if pictures else None
         info = rollout(env, policy, scene_seed(evaluation, index, trial), options, film)
@@ -185,9 +187,9 @@ def table(results):
              f"{'final < 5 cm':>12}  {'distractor moved':>16}"]
     for r in results:
         low, high = r["ci95"]
-        interval = f"{100 * low:.1f} - {100 * high:.1f}"
+        ci95 = f"{100 * low:.1f} - {100 * high:.1f}"
         lines.append(f"{r['policy']:10} {r['shots']:5} {r['n_trials']:6}  "
-                     f"{100 * r['success_rate']:9.1f}  {interval:>13}  "
+                     f"{100 * r['success_rate']:9.1f}  {ci95:>13}  "
                      f"{100 * r['strict_success_rate']:12.1f}  "
                      f"{100 * r['distractor_moved_rate']:16.1f}")
     return "\n".join(lines)
@@ -242,55 +244,57 @@ def parse():
     return parser.parse_args()
 
 
-def read_checkpoint(path, policy):
-    """(the bytes of a network's file, its dict): once, so that all trials are of the same weights.
+def read_network(path, policy):
+    """(the bytes of a checkpoint's file, its dict): once, so that all trials have the same weights.
 
     Raises UserError if it is not of the policy, or not of the benchmark.
     """
-    checkpoint = Path(path).read_bytes()
-    _, content = load_model(checkpoint, path)
-    method = content["options"]["method"]
+    weights = Path(path).read_bytes()
+    _, checkpoint = load_model(weights, path)
+    method = checkpoint["options"]["method"]
     if policy not in (None, method) and (policy, method) != ("no-demo", "tecnets"):
         raise UserError(f"{path} is of the method {method}: leave --policy out, or take another "
                         "checkpoint")
-    if content["data"]["benchmark"] != sim.VERSION:
+    if checkpoint["data"]["benchmark"] != sim.VERSION:
         raise UserError(f"{path} was not trained on this benchmark's data, and its success here "
                         "would mean nothing: try it by evaluate.rollout in an environment of its "
                         "own data (README.md)")
-    return checkpoint, content
+    return weights, checkpoint
 
 
 def main():
     args = parse()
-    policy, checkpoint, content = args.policy, None, None
+    policy, weights, checkpoint = args.policy, None, None
     if policy not in ("expert", "random"):
-        checkpoint, content = read_checkpoint(args.checkpoint, policy)
-        policy = policy or content["options"]["method"]
+        weights, checkpoint = read_network(args.checkpoint, policy)
+        policy = policy or checkpoint["options"]["method"]
+    tasks = sorted(set(args.only)) if args.only else list(range(args.tasks))
     shots, data_folder, demos = [0], None, [FULL_DATA["seed"], FULL_DATA["demos"]]
     if policy in METHODS:
         shots = sorted(set(args.shots))
         if (Path(args.data) / "manifest.json").exists():
-            data_folder, manifest = args.data, read_manifest(args.data)
+            manifest = read_manifest(args.data)
             demos = [manifest["seed"], manifest["demos"]]
             if manifest["benchmark"] != sim.VERSION:
                 raise UserError(f"{args.data} is not data of this benchmark: give another --data")
+            if max(tasks) < manifest["tasks"].get(args.split, 0):  # else they are recorded
+                data_folder = args.data
         if max(shots) > demos[1]:
             raise UserError(f"{max(shots)} shots need as many demonstrations, a task has "
                             f"{demos[1]}: lower --shots")
-    tasks = sorted(set(args.only)) if args.only else list(range(args.tasks))
     evaluation = {
         "benchmark": sim.VERSION, "policy": policy, "split": args.split,
         "tasks": tasks if args.only else args.tasks, "trials": args.trials, "seed": args.seed,
         "redraw": args.redraw, "gif": args.gif, "film_failures": args.film_failures,
         "shots": shots, "demos": demos,
-        "checkpoint": checkpoint and hashlib.sha256(checkpoint).hexdigest()}
+        "checkpoint": weights and hashlib.sha256(weights).hexdigest()}
     claim(args.out / "evaluation.json", evaluation)
     jobs = []
     for k in shots:
         for index in tasks:
             path = args.out / "trials" / f"task{index:02d}-shots{k}.json"
             filmed = index in tasks[:args.gif]
-            jobs.append((path, evaluation, index, k, checkpoint, data_folder, filmed))
+            jobs.append((path, evaluation, index, k, weights, data_folder, filmed))
     if missing := make_files(try_task, jobs, args.workers, args.shard, "tasks"):
         return print(f"{args.out}: {missing} of {len(jobs)} files still to come from other shards")
     results = []
@@ -299,11 +303,10 @@ def main():
         rows = [row for file in files for row in file["trials"]]
         seconds = sum(file["seconds"] for file in files)
         results.append(summary(policy, args.split, k, args.seed, rows, seconds))
-    report = {"evaluation": evaluation, "packages": installed_packages(), "machine": machine(),
-              "results": results}
-    if content:
+    report = {"evaluation": evaluation, "machine": machine(), "results": results}
+    if checkpoint:
         names = "step", "seconds", "options", "machine"
-        report["network"] = {name: content[name] for name in names}
+        report["network"] = {name: checkpoint[name] for name in names}
     write_json(args.out / "results.json", report)
     print(table(results))
     if films := sorted(map(str, args.out.glob("*.gif"))):

@@ -28,11 +28,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-# Where paper and official code differ, the paper's side stands first.
+# The paper's side first, then the official code's; hinge_mean="violated" is ours.
 CHOICES = {
     "support_mean": ("mean-norm", "norm-mean-norm"),
     "negatives": ("sentences", "queries"),  # of other tasks
-    "hinge_mean": ("all", "violated"),  # pairs of tasks, all or those that violate the margin
+    "hinge_mean": ("all", "violated"),  # pairs of tasks: all, or those that violate the margin
 }
 
 
@@ -55,9 +55,6 @@ class Settings:
     support_mean: str = "mean-norm"
     negatives: str = "sentences"
     hinge_mean: str = "violated"
-
-    def __post_init__(self):
-        check_choices(**{name: getattr(self, name) for name in CHOICES})
 
 
 def check_choices(**chosen):
@@ -83,10 +80,10 @@ def embedding_loss(s_U, s_q, margin=0.1, negatives="sentences", hinge_mean="viol
     """L_emb, a hinge on dot products, and the retrieval accuracy: two scalars.
 
     s_U (B, E) are the tasks' sentences, s_q (B, Q, E) those of their queries. The loss is the mean
-    over tasks j, other tasks i and queries of max(0, margin - s_q^j . s_U^j + s_q^j . s_U^i). With
-    hinge_mean="violated" the mean is over those above 0, so that few pairs of tasks that look alike
-    do not vanish among many that do not. With negatives="queries" (official code) the last product
-    is s_q^i . s_U^j. Gradients flow through both sides. The accuracy is the share of queries whose
+    over tasks j, other tasks i and queries of max(0, margin - s_q^j . s_U^j + s_q^j . s_U^i); with
+    hinge_mean="violated" over the positive ones only, so that the few pairs of tasks that look
+    alike are not averaged away. With negatives="queries" (official code) the last product is
+    s_q^i . s_U^j. Gradients flow through both sides. The accuracy is the share of queries whose
     own product s_q^j . s_U^j beats those with all negatives.
 
     A loss that stays near the margin with an accuracy of about 1 / B is a collapse: all sentences
@@ -94,14 +91,14 @@ def embedding_loss(s_U, s_q, margin=0.1, negatives="sentences", hinge_mean="viol
     """
     check_choices(negatives=negatives, hinge_mean=hinge_mean)
     B = len(s_U)
-    similarity = torch.einsum("jqe,ie->jqi", s_q, s_U)  # (B, Q, B): query of j, sentence of i
+    similarity = torch.einsum("jqe,ie->jqi", s_q, s_U)  # (B, Q, B), [j, q, i] = s_q^j . s_U^i
     positive = similarity.diagonal(dim1=0, dim2=2).T[..., None]  # (B, Q, 1)
     if negatives == "queries":
-        similarity = similarity.transpose(0, 2)  # query of i, sentence of j
+        similarity = similarity.transpose(0, 2)  # [j, q, i] = s_q^i . s_U^j
     other = ~torch.eye(B, dtype=torch.bool, device=s_U.device)[:, None]  # (B, 1, B)
     hinge = (margin - positive + similarity).clamp(min=0)
     counted = other & ((hinge > 0) | (hinge_mean == "all"))  # (B, Q, B)
-    loss = (hinge * counted).sum() / max(1, counted.sum())
+    loss = (hinge * counted).sum() / counted.sum().clamp(min=1)
     accuracy = (positive > similarity.masked_fill(~other, -torch.inf)).all(-1).float().mean()
     return loss, accuracy
 
@@ -139,10 +136,11 @@ def convolutions(planes, settings):
     return nn.Sequential(*layers, nn.Flatten())
 
 
-def map_size(settings):
-    """(h, w) of the last convolution's maps."""
-    return tuple(math.ceil(size / 2 ** CONVOLUTIONS)
-                 for size in (settings.image_height, settings.image_width))
+def n_features(settings):
+    """How many numbers the last convolution's maps have."""
+    sides = settings.image_height, settings.image_width
+    h, w = (math.ceil(side / 2 ** CONVOLUTIONS) for side in sides)
+    return settings.filters * h * w
 
 
 def fully_connected(inputs, outputs, settings):
@@ -154,13 +152,12 @@ def fully_connected(inputs, outputs, settings):
 
 
 class EmbeddingNet(nn.Module):
-    """f_theta: a demonstration's first and last frame -> E numbers (section 3.1)."""
+    """f_theta: a demonstration's first and last frame -> E numbers (section 3)."""
 
     def __init__(self, settings):
         super().__init__()
-        features = settings.filters * math.prod(map_size(settings))
         self.convolutions = convolutions(settings.demo_frames * 3, settings)
-        self.head = fully_connected(features, settings.embedding_dim, settings)
+        self.head = fully_connected(n_features(settings), settings.embedding_dim, settings)
         self.apply(initialise)
 
     def forward(self, frames):
@@ -174,16 +171,16 @@ class EmbeddingNet(nn.Module):
 
 
 class ControlNet(nn.Module):
-    """pi: image, state and sentence -> torques (section 3.2).
+    """pi: image, state and sentence -> an action, in the paper joint torques (section 3).
 
     The sentence is tiled over the image and stacked on its channels; the state joins the features.
     """
 
     def __init__(self, settings):
         super().__init__()
-        features = settings.filters * math.prod(map_size(settings))
+        inputs = n_features(settings) + settings.state_dim
         self.convolutions = convolutions(3 + settings.embedding_dim, settings)
-        self.head = fully_connected(features + settings.state_dim, settings.action_dim, settings)
+        self.head = fully_connected(inputs, settings.action_dim, settings)
         self.apply(initialise)
 
     def forward(self, images, states, s):
@@ -207,27 +204,29 @@ class Policy(nn.Module):
     A subclass has `embed(frames)`, frames (..., K, n, H, W, 3) uint8 -> a context (..., *), and
     `respond(images, states, context)` -> actions (B, M, A). Inside, states and actions are
     normalised by the statistics of the training tasks, which are part of the weights; `predict` and
-    `act` take and give the robot's units. (The official code feeds states raw; actions of the
-    benchmark, fractions of torque limits, have mean 0 and deviation 1 here, and so stay raw.)
+    `act` take and give the robot's units. The benchmark's actions are fractions of the torque
+    limits and stay as they are: their mean is set to 0, their deviation to 1. (The official code
+    feeds states raw.)
     Set `use_bfloat16` to run the networks in bfloat16; weights and losses stay float32.
     """
 
-    def __init__(self, settings, state_mean=0.0, state_std=1.0, action_mean=0.0, action_std=1.0):
+    def __init__(self, settings, **statistics):
         super().__init__()
         self.settings = settings
         self.use_bfloat16 = False
-        for name, values, size in (("state_mean", state_mean, settings.state_dim),
-                                   ("state_std", state_std, settings.state_dim),
-                                   ("action_mean", action_mean, settings.action_dim),
-                                   ("action_std", action_std, settings.action_dim)):
-            values = torch.as_tensor(values, dtype=torch.float32)
-            self.register_buffer(name, values.expand(size).clone())
+        self.register_buffer("state_mean", torch.zeros(settings.state_dim))
+        self.register_buffer("state_std", torch.ones(settings.state_dim))
+        self.register_buffer("action_mean", torch.zeros(settings.action_dim))
+        self.register_buffer("action_std", torch.ones(settings.action_dim))
+        for name, values in statistics.items():
+            getattr(self, name).copy_(torch.as_tensor(values))
 
     def autocast(self):
         device = self.state_mean.device.type
         return torch.autocast(device, torch.bfloat16, enabled=self.use_bfloat16)
 
     def predict_normalised(self, images, states, context):
+        """As `predict`, but the actions stay normalised."""
         states = (states - self.state_mean) / self.state_std
         with self.autocast():
             return self.respond(images, states, context).to(states.dtype)
@@ -274,10 +273,10 @@ class TecNets(Policy):
         return self.control_net(images, states, s)
 
     def losses(self, batch):
-        """The total loss on a batch and its terms (section 3): a dict of scalars with gradient.
+        """The total loss on a batch and its terms (section 3), in one process: a dict of scalars.
 
-        They are loss, loss_emb, loss_U, loss_q, all means as in the official code (the paper sums
-        over tasks), and accuracy. Both control losses are given s_U.
+        They are loss, loss_emb, loss_U, loss_q, all means (the paper sums over tasks), and, without
+        gradient, accuracy. Both control losses are given s_U.
         """
         c = self.settings
         s_U, loss_emb, accuracy = self._compare(batch)
@@ -290,12 +289,11 @@ class TecNets(Policy):
     def backward(self, batch, chunk=256):
         """The same as losses(batch)["loss"].backward(), in bounded memory; the terms, detached.
 
-        The control losses run in chunks of whole tasks, of at most `chunk` images but at least one
-        task. Each has a backward of its own that collects its gradient on the sentences; the
-        embedding network's backward then starts from there. That is the same gradient, with the
-        activations of one chunk in memory. For the embedding network `chunk` counts demonstrations.
-        Gradients accumulate. Where several processes have a shard of the batch's tasks each,
-        gradients and terms are shards, too: add up those of all processes.
+        The sentences are cut off as leaves. The control losses run in chunks of whole tasks (at
+        most `chunk` images, at least one task), each with a backward of its own, which adds to the
+        leaves' gradient. One backward through the embedding network starts from that gradient and
+        from L_emb. Gradients accumulate. Where b of the B tasks of a batch are in this process, it
+        gives its share of the gradients and terms: add up those of all processes.
         """
         c = self.settings
         images, states, actions = batch["images"], batch["states"], batch["actions"]
@@ -304,13 +302,15 @@ class TecNets(Policy):
         s_U, loss_emb, accuracy = self._compare(batch, chunk)
         leaf = s_U.detach().requires_grad_()
         loss_U = loss_q = 0.0
-        for part in torch.arange(b).split(max(1, chunk // (2 * M))):
-            at = slice(int(part[0]), int(part[-1]) + 1)
+        size = max(1, chunk // (2 * M))
+        for start in range(0, b, size):
+            at = slice(start, start + size)
             prediction = self.predict_normalised(
                 images[at].flatten(1, 2), states[at].flatten(1, 2), leaf[at]).unflatten(1, (2, M))
-            expected = self.normalise_actions(actions[at])  # (b, 2, M, A)
-            part_U = len(part) / B * control_loss(prediction[:, 0], expected[:, 0])
-            part_q = len(part) / B * control_loss(prediction[:, 1], expected[:, 1])
+            expected = self.normalise_actions(actions[at])  # (tasks of the chunk, 2, M, A)
+            share = len(expected) / B
+            part_U = share * control_loss(prediction[:, 0], expected[:, 0])
+            part_q = share * control_loss(prediction[:, 1], expected[:, 1])
             (c.lambda_U * part_U + c.lambda_q * part_q).backward()
             loss_U, loss_q = loss_U + part_U.detach(), loss_q + part_q.detach()
         if s_U.requires_grad:  # unless the embedding network is frozen
@@ -322,7 +322,7 @@ class TecNets(Policy):
     def _compare(self, batch, chunk=None):
         """The sentences s_U (B, E) of the support sets, the embedding loss, the accuracy."""
         c = self.settings
-        s_U = sentence(self.embeddings(batch["frames_U"], chunk), c.support_mean)  # (B, E)
+        s_U = self.embed(batch["frames_U"], chunk)  # (B, E)
         s_q = self.embeddings(batch["frames_q"], chunk)  # (B, Q, E)
         if c.normalise_queries:
             s_q = F.normalize(s_q, dim=-1)
@@ -333,7 +333,8 @@ class TecNets(Policy):
     def embeddings(self, frames, chunk=None):
         """f_theta of (..., n, H, W, 3) uint8 -> (..., E).
 
-        Of more than `chunk` demonstrations backward computes the activations again.
+        More than `chunk` demonstrations run in parts whose activations are not kept, but computed
+        again in backward.
         """
         demos = frames.flatten(0, -5)
         with self.autocast():
@@ -363,8 +364,8 @@ def plain_first_convolution(layer, images, s=None):
 def first_convolution(layer, images, s=None):
     """What plain_first_convolution computes, by two shortcuts.
 
-    1. x / 127.5 - 1 = (x - 127.5) / 127.5: the image is shifted, which is exact even in bfloat16,
-       and the weight is divided, which is small.
+    1. x / 127.5 - 1 = (x - 127.5) / 127.5: pixels minus 127.5 are exact even in bfloat16; the
+       division is done on the kernel, which is smaller than the images.
     2. A tiled sentence is constant over the image, so the convolution's response to it is a bias.
        It is the same everywhere but at the border, where the padding cuts the kernel: it is
        computed for 3 x 3 zones.

@@ -48,7 +48,7 @@ def test_embedding_loss_by_hand():
     for queries, negatives, loss, accuracy in (
             (s_q, "queries", 0.15, 0.5), (unit, "queries", 0.0, 1.0), (s_q, "sentences", 0.0, 1.0)):
         got = embedding_loss(s_U, queries, 0.1, negatives, "all")
-        assert_close(got, (torch.tensor(loss), torch.tensor(accuracy)))
+        assert [*map(float, got)] == pytest.approx([loss, accuracy])
 
 
 def looped_embedding_loss(s_U, s_q, margin, negatives, hinge_mean):
@@ -233,7 +233,7 @@ def test_exported_networks_take_any_sizes(call, to):
 
 def test_wrong_calls():
     with pytest.raises(ValueError, match="mean-norm or norm-mean-norm, not 'mean'"):
-        Settings(support_mean="mean")
+        sentence(torch.eye(2), "mean")
     with pytest.raises(ValueError, match=r"actions \(7,\), predicted \(2, 7\)"):
         tecnets.control_loss(torch.zeros(2, 7), torch.zeros(7))
 
@@ -306,29 +306,28 @@ def test_meta_gradient_against_finite_differences():
         assert abs(slope - difference) < 1e-3 * max(abs(difference), 1e-3), name
 
 
-def test_the_lstm_reads_the_demo_and_then_the_observation():
-    model, batch = small_method("lstm")
-    demos = batch["frames_U"][0, :1]
+@parametrize("name", ["contextual", "lstm"])
+def test_actions_by_hand(name):
+    """The mean over demos, of which one at a time is read, then the observation."""
+    (model, batch), actions = small_method(name), []
     image, state = batch["images"][0, 1, 0], batch["states"][0, 1, 0]
-    states = torch.cat([torch.zeros(3, 20), state[None]])
-    output, _ = model.lstm(model._features(torch.cat([demos[0], image[None]]), states)[:, None])
-    assert_close(model.act(image, state, model.embed(demos)), model.head(output[-1, 0]))
+    for demo in batch["frames_U"][0]:
+        if name == "lstm":
+            states = torch.cat([torch.zeros(3, 20), state[None]])
+            features = model._features(torch.cat([demo, image[None]]), states)
+            actions.append(model.head(model.lstm(features[:, None])[0][-1, 0]))
+        else:
+            planes = torch.cat([image, demo[-1]], -1).double().movedim(-1, 0) / 255
+            features = model.vision(planes[None])[0]
+            actions.append(model.layers(torch.cat([features, state])))
+    action = model.act(image, state, model.embed(batch["frames_U"][0]))
+    assert_close(action, sum(actions) / 2)
 
 
 def test_an_untrained_lstm_keeps_its_memory():
     c, lstm = torch.ones(1, 1, 512), baselines.LSTM().lstm
     _, (_, kept) = lstm(torch.zeros(1, 1, 200), (0 * c, c))
     assert_close(kept, torch.sigmoid(c))  # biases are 1 and 0: nothing is added
-
-
-@parametrize("name", ["contextual", "lstm"])
-def test_actions_are_averaged_over_demos(name):
-    model, batch = small_method(name)
-    given, frames = (batch["images"][:, 1], batch["states"][:, 1]), batch["frames_U"]
-    one, other, both = (model.predict(*given, model.embed(frames[:, demos]))
-                        for demos in ([0], [1], [0, 1]))
-    assert_close(both, (one + other) / 2)
-    assert (one - other).abs().max() > 1e-9
 
 
 @parametrize("name", ["contextual", "lstm", "mil"])
@@ -358,9 +357,9 @@ def test_every_method_learns_two_tasks(name, chosen):
         optimiser.zero_grad()
         losses = model.backward(batch)
         optimiser.step()
-        if losses["loss_q"] < 0.05:
+        if losses["loss_q"] < 0.05:  # of 1
             return
-    pytest.fail(f"control loss {losses['loss_q']:.3f} of 1")
+    pytest.fail(str(losses))
 
 
 # The simulator --------------------------------------------------------------------------------
@@ -461,8 +460,6 @@ def test_the_mirrored_arm(env):
     assert_allclose(action * sim.MIRRORED_ACTION, mirrored[1], atol=1e-6)
     plain, flipped = (np.abs(one - mirrored[2]).mean() for one in (image, image[:, ::-1]))
     assert 10 * flipped < plain
-    empty = sim._background(250).view(np.uint8).reshape(250, 250, 4).astype(int)
-    assert np.abs(empty[:, ::-1] - empty).mean() < 0.01
 
 
 def test_the_picture_is_complete(env, monkeypatch):
@@ -504,10 +501,10 @@ def test_rendering_keeps_no_memory(env):
 
 def test_calls_of_the_simulator(blind):
     places, options = [], {"task": sim.make_task("test", 0)}
-    for seed in (7, None, 7, None, 8):
+    for seed in (7, None, 7, None):
         blind.reset(seed=seed, options=options)
         places.append(tuple(blind.target_position))
-    assert places[:2] == places[2:4] and len(set(places)) == 3
+    assert places[:2] == places[2:] and places[0] != places[1]
     with pytest.raises(TypeError, match="copied or pickled"):
         copy.copy(blind.client)
     with pytest.raises(ValueError, match="7 finite numbers"):
@@ -527,13 +524,12 @@ def test_bodies_of_ones_own(env, tmp_path):
         body = dataclasses.replace(task.target, **changes)
         return env.reset(seed=0, options={"task": sim.Task("own", 0, body, body)})[0]["image"]
 
-    for width, x, z, radius in ((1, 0.1, 0.08, 0.5), (2, 0.05, 0.05, 1.25), (1, 0.1, 0.08, 0.5)):
+    for width, x, z, radius in ((1, 0.1, 0.08, 0.5), (2, 0.05, 0.05, 1.25)):
         mesh.write_text(TETRAHEDRON.format(width, 1))
         pictures.append(reset(mesh_id=mesh, size=0.1))
         scale, _, got = sim.body_shape(env.task.target)
         assert_allclose([*scale, got], [x, x, z, x * radius ** 0.5])
-    assert (pictures[0] != pictures[1]).any()
-    assert_array_equal(pictures[0], pictures[2])
+    assert np.not_equal(*pictures).any()
     assert_array_equal(reset(mesh_id=np.int64(6)), reset(mesh_id=6))
     for text, message in ((TETRAHEDRON.format(1, 0), "0.0 high"),
                           (TETRAHEDRON.format(1, 1) + "f 1 2 3 4", "triangles")):
@@ -597,19 +593,17 @@ def own(tmp_path_factory):
 
 
 def test_statistics(own, monkeypatch, tmp_path):
-    """Deviations have floors; the benchmark's actions are fractions of limits, and stay raw."""
+    """The deviation of what is constant is 1. Actions of the benchmark stay raw."""
     demos, got = own
-    statistics = got.statistics()
-    for name, largest in (("state", 1), ("action", statistics["action_std"].max())):
+    for name in ("state", "action"):
         rows = np.concatenate([demo[name + "s"] for task in demos for demo in task])
-        assert_allclose(statistics[name + "_mean"], rows.mean(0), rtol=1e-5)
-        std = [1e-3 * largest, *rows[:, 1:].std(0)]
-        assert_allclose(statistics[name + "_std"], std, rtol=1e-5)
-    monkeypatch.setitem(got.manifest, "normalise_actions", False)
+        assert_allclose(got.statistics()[name + "_mean"], rows.mean(0), rtol=1e-5)
+        assert_allclose(got.statistics()[name + "_std"], [1, *rows[:, 1:].std(0)], rtol=1e-5)
+    data.generate(tmp_path, {"train": 0}, demos=1, seed=0)
+    monkeypatch.setattr(got, "manifest", data.read_manifest(tmp_path))
     model = TecNets(Settings(state_dim=5), **got.statistics())
     assert not model.action_mean.any() and (model.action_std == 1).all()
-    data.generate(tmp_path, {"train": 0}, demos=1, seed=0)
-    assert not data.read_manifest(tmp_path)["normalise_actions"]
+    assert model.state_std[0] == np.float32(1e-3)  # MIL's floor
 
 
 @parametrize("name, damage, message", [
@@ -635,7 +629,7 @@ def test_what_data_do_not_allow(own):
 def test_loader_against_loops(own, n):
     """Sets are disjoint, samples lie within their demonstration, its last frame is its own."""
     demos, got = own
-    loader = data.TaskLoader(got, B=3, K=2, M=5, random_support=False, hue_jitter=0, demo_frames=n)
+    loader = data.TaskLoader(got, B=3, K=2, M=5, random_support=False, demo_frames=n)
     for _ in range(10):
         b = next(loader)
         assert len(set(b["tasks"])) == 3
@@ -668,7 +662,7 @@ def test_augmented_batches(tasks):
     """Mirror, colours and hue change all frames of a task alike, and nothing else."""
     loader = data.TaskLoader(tasks, B=4, K=1, pairs=False)  # by default where the data allow it
     batch = loader.batch(1)
-    loader.mirror = loader.recolour = loader.hue_jitter = 0
+    loader.mirror = loader.recolour = loader.hue_jitter = False
     plain, drawn = loader.batch(1), [batch[name] for name in ("mirrored", "recoloured", "hues")]
     assert 0 < drawn[0].sum() < 4 and 0 < drawn[1].sum() < 4
     assert len(set(drawn[2])) == 4 and np.abs(drawn[2]).max() <= 0.6
@@ -706,15 +700,14 @@ def test_shards_of_a_batch_make_the_batch(tasks):
 
 def test_an_interruption_costs_no_batch(tasks):
     """After an error and after Ctrl-C the next call gives the same position."""
-    loader = data.TaskLoader(tasks, B=2, K=1, threads=2)
-    plain, got, seen = loader.batch, [], set()
-    troubles = {1: lambda: 1 / 0, 3: lambda: time.sleep(2)}
+    troubles, got, seen = {1: lambda: 1 / 0, 3: lambda: time.sleep(2)}, [], set()
 
-    def batch(position):
-        troubles.pop(position, int)()
-        return plain(position)
+    class Troubled(data.TaskLoader):
+        def batch(self, position):
+            troubles.pop(position, int)()
+            return super().batch(position)
 
-    loader.batch = batch
+    loader = Troubled(tasks, B=2, K=1, threads=2)
     before = signal.signal(signal.SIGALRM, signal.default_int_handler)  # what Ctrl-C calls
     for _ in range(7):
         signal.setitimer(signal.ITIMER_REAL, 1)
@@ -725,7 +718,11 @@ def test_an_interruption_costs_no_batch(tasks):
     signal.setitimer(signal.ITIMER_REAL, 0)
     signal.signal(signal.SIGALRM, before)
     assert len(seen) == 2
-    assert_array_equal(got, [plain(position)["times"] for position in range(5)])
+    assert_array_equal(got, [loader.batch(position)["times"] for position in range(5)])
+
+
+def times_of(loader):
+    return [next(loader)["times"] for _ in range(5)]
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -735,13 +732,12 @@ def test_a_loader_in_another_process(tasks):
     next(loader)
     context = multiprocessing.get_context("fork")
     queue = context.SimpleQueue()
-    child = context.Process(target=lambda: queue.put(next(loader)["times"]), daemon=True)
+    child = context.Process(target=lambda: queue.put(times_of(loader)), daemon=True)
     child.start()
     child.join(20)
     assert child.exitcode == 0
-    expected = loader.batch(1)["times"]
-    assert_array_equal(queue.get(), expected)
-    assert_array_equal(next(pickle.loads(pickle.dumps(loader)))["times"], expected)
+    expected = [loader.batch(position)["times"] for position in range(1, 6)]
+    assert_array_equal([queue.get(), times_of(pickle.loads(pickle.dumps(loader)))], 2 * [expected])
 
 
 def test_share_of_first_frames(tasks):

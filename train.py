@@ -6,9 +6,9 @@
     python train.py --resume --name ours
     python train.py --init results/weights.pt --data data/mine --lr 1e-4   # fine-tune
 
-writes runs/NAME/log.jsonl, curves.png, last.pt and weights alone, to be kept or shipped: step-N.pt,
-of the last step and of others with `--snapshots`. An interrupted run goes on with `--resume` to the
-same numbers as an uninterrupted one.
+writes into runs/NAME: log.jsonl, curves.png, last.pt (all that `--resume` needs) and step-N.pt
+(weights alone, after the last step; `--snapshots 4` keeps three earlier ones). With `--resume` an
+interrupted run ends with the same numbers as an uninterrupted one.
 
 `torchrun --nproc-per-node N train.py ...` shares every batch's tasks among N processes (and GPUs):
 the same numbers up to the order of summation. srun and mpirun do as well, with MASTER_ADDR and
@@ -56,7 +56,7 @@ PRESETS = {
     "ours": {},
     "paper": dict(batch=64, support=5, random_support=0, query=5, samples=1, time_exponent=1.0,
                   mirror=0, recolour=0, hue_jitter=0.0, pairs=0, lr=5e-4, schedule="constant",
-                  steps=400_000, lambda_U=0.1, lambda_q=0.1, hinge_mean="all"),
+                  steps=400_000, lambda_U=0.1, lambda_q=0.1, hinge_mean="all", bfloat16=0),
     "quick": dict(data="data/quick", steps=4000, lr=2e-3),
     "smoke": dict(data="data/smoke", batch=8, support=2, query=2, steps=200, validate_every=50,
                   validation_batches=2),
@@ -80,21 +80,21 @@ HELP = {  # of settings
     "normalise_queries": "1: cosine similarity (paper); 0: raw queries (official code)",
     "support_mean": "of embeddings: mean-norm (paper) or norm-mean-norm (official code)",
     "negatives": "other tasks' sentences (paper) or queries (official code)",
-    "hinge_mean": "pairs of tasks over which the hinge is averaged: all (paper), or those that "
-                  "violate the margin",
+    "hinge_mean": "pairs of tasks over which the hinge is averaged: all (official code), or those "
+                  "that violate the margin (ours)",
     "features": "of the last convolution's maps: feature points (MIL), or flat (TecNets)",
 }
 
 
 def parse(argv=None):
     """(all options, those that were given)."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--method", choices=METHODS, default="tecnets",
-                       help="each has options of its own: see --method NAME --help")
-    first.add_argument("--preset", choices=PRESETS, default="ours", help="changes defaults")
-    chosen, _ = first.parse_known_args(argv)
+    recipe = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    recipe.add_argument("--method", choices=METHODS, default="tecnets",
+                        help="each has options of its own: see --method NAME --help")
+    recipe.add_argument("--preset", choices=PRESETS, default="ours", help="changes defaults")
+    chosen, _ = recipe.parse_known_args(argv)
     _, settings, changed = METHODS[chosen.method]
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, parents=[first],
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, parents=[recipe],
                                      usage="%(prog)s [options]", formatter_class=HelpFormatter)
     flag = dict(type=int, choices=(0, 1))
     add = parser.add_argument
@@ -116,8 +116,8 @@ def parse(argv=None):
         "where the data tell how")
     add("--recolour", **flag, help="1: half of the tasks are seen with green and blue exchanged "
         "(paper: 0); by default where the data allow it")
-    add("--hue-jitter", type=float, default=0.6, help="the colours of a task are turned by up to "
-        "this angle, drawn at random, in radians (paper: 0)")
+    add("--hue-jitter", type=float, help="the colours of a task are turned by up to this angle, "
+        "drawn at random, in radians (paper: 0); 0.6 by default where --recolour is allowed")
     add("--pairs", **flag, help="1: tasks of the same objects are drawn together (paper: 0); by "
         "default where the data have pairs")
     add("--chunk", type=int, default=256, help="images that a backward pass holds in memory")
@@ -139,10 +139,11 @@ def parse(argv=None):
         kind = flag if isinstance(field.default, bool) else kind
         add("--" + field.name.replace("_", "-"), **kind, default=field.default,
             help=HELP.get(field.name, "a setting of the method"))
-    if chosen.preset == "paper" and chosen.method != "tecnets":
-        parser.error("--preset paper is a recipe of tecnets: the baselines have their own settings")
+    if chosen.preset in ("paper", "quick") and chosen.method != "tecnets":
+        parser.error(f"--preset {chosen.preset} is a recipe of tecnets: leave it out")
     parser.set_defaults(**{**PRESETS[chosen.preset], **changed})
     options, unset = vars(parser.parse_args(argv)), object()
+    # Again over options that all hold a mark: where the mark stays, nothing was given.
     given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(options, unset)))
     return options, {name: value for name, value in vars(given).items() if value is not unset}
 
@@ -164,11 +165,12 @@ def has_bfloat16(device):
     return torch.cpu._is_avx512_bf16_supported()
 
 
-def machine():
+def machine(device="cpu"):
     """What a run's numbers depend on beside its options, in their last digits."""
-    return {"processor": torch.backends.cpu.get_cpu_capability(),
-            "amx": torch.cpu._is_amx_tile_supported(),
-            "threads": torch.get_num_threads(), "processes": processes()}
+    return {**installed_packages(), "processor": torch.backends.cpu.get_cpu_capability(),
+            "amx": torch.cpu._is_amx_tile_supported(), "threads": torch.get_num_threads(),
+            "processes": processes(),
+            "device": torch.cuda.get_device_name() if device == "cuda" else device}
 
 
 def join(device):
@@ -225,8 +227,9 @@ def open_data(options):
     sizes = MADE_DATA.get(options["data"])
     if sizes is None or (folder / "manifest.json").exists():
         sizes = read_manifest(folder)
-    counts = {"train": options["tasks"] or sizes["tasks"]["train"],
-              "val": options["val_tasks"] or sizes["tasks"]["val"]}
+    counts = {"train": options["tasks"], "val": options["val_tasks"]}
+    counts = {split: sizes["tasks"][split] if number is None else number
+              for split, number in counts.items()}
     missing = sum(not task_path(folder, split, index).exists()
                   for split in counts for index in range(counts[split]))
     if missing and sizes["seed"] is not None and launched()[0] == 0:
@@ -256,8 +259,9 @@ def fine_tune(model, path):
                                         for network in (given, model) for name in ("mean", "std"))
         differs = torch.maximum((new_mean - mean).abs(), new_std) > 10 * std
         far += [f"{kind} {i}" for i in differs.nonzero().flatten().tolist()]
-    print(f"{path}: weights are taken, the statistics of states and actions are the new data's"
-          + f"; more than 10 old deviations away: {', '.join(far)}" * bool(far), flush=True)
+    if launched()[0] == 0:
+        print(f"{path}: weights are taken, the statistics of states and actions are the new data's"
+              + f"; more than 10 old deviations away: {', '.join(far)}" * bool(far), flush=True)
 
 
 # A run ----------------------------------------------------------------------------------------
@@ -266,9 +270,10 @@ def fine_tune(model, path):
 def validate(model, loader, options):
     """Means over the first batches of `loader`.
 
-    They are the control loss on query demos; where tasks come in pairs, the same with the partner's
-    demonstrations, which is no higher if a network ignores the demonstration; of TecNets the
-    retrieval accuracy, and the median norm of the embeddings, which divides their learning rate.
+    val_loss_q is the control loss on query demos. val_loss_partner, where tasks come in pairs, is
+    the same given the partner's demonstrations: no higher if the demonstration is ignored. TecNets
+    only: val_accuracy, of retrieval, and val_norm, the embeddings' median norm (the longer they
+    are, the slower they turn).
     """
     rows = []
     for position in range(options["validation_batches"]):
@@ -279,7 +284,7 @@ def validate(model, loader, options):
         if loader.group == 2:
             partners = s_U.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
             row["val_loss_partner"] = model.imitation_loss(*samples, partners).item()
-        if isinstance(model, TecNets):
+        if isinstance(model, TecNets) and len(s_U) > 1:
             f_q = model.embeddings(batch["frames_q"])
             row["val_norm"] = f_q.norm(dim=-1).median().item()
             s_q, negatives = F.normalize(f_q, dim=-1), model.settings.negatives
@@ -293,11 +298,12 @@ class Run:
 
     def __init__(self, folder, options, train_set, val_set):
         self.folder, self.is_first = folder, launched()[0] == 0
-        self.options, self.steps, self.data = options, options["steps"], train_set.manifest
+        self.options, self.steps, self.manifest = options, options["steps"], train_set.manifest
         self.step, self.seconds, self.log, self.recent_losses = 0, 0.0, [], []
         torch.manual_seed(options["seed"])
         network, settings, _ = METHODS[options["method"]]
-        chosen = {field.name: type(field.default)({**options, **self.data}[field.name])
+        values = {**options, **{name: self.manifest[name] for name in SIZES}}
+        chosen = {field.name: type(field.default)(values[field.name])  # 0 and 1 become bool
                   for field in fields(settings)}
         self.model = network(settings(**chosen), **train_set.statistics())
         self.model.to(options["device"]).use_bfloat16 = bool(options["bfloat16"])
@@ -306,7 +312,8 @@ class Run:
         self.build_loaders(train_set, val_set)
         actions = self.model.normalise_actions(torch.from_numpy(train_set.actions))
         variance = actions.var(0).mean().item()  # of what the control losses are a share
-        self.log.append({"step": 0, "action_variance": variance, "machine": machine()})
+        self.machine = machine(options["device"])
+        self.log.append({"step": 0, "action_variance": variance, "machine": self.machine})
 
     def build_loaders(self, train_set, val_set):
         o = self.options
@@ -317,8 +324,8 @@ class Run:
             time_exponent=o["time_exponent"], random_support=o["random_support"],
             mirror=o["mirror"], recolour=o["recolour"], hue_jitter=o["hue_jitter"],
             pairs=o["pairs"], threads=o["loader_threads"], shard=launched()[:2])
-        pairs = self.data["pairs"] and val_set.n_tasks > 1
         B = min(o["batch"], val_set.n_tasks)
+        pairs = self.manifest["pairs"] and B > 1
         self.val_loader = TaskLoader(
             val_set, B - B % 2 if pairs else B, K=1, seed=0, **frames, time_exponent=1.0,
             random_support=False, mirror=False, recolour=False, hue_jitter=0.0, pairs=pairs)
@@ -336,10 +343,9 @@ class Run:
     def save(self, name, weights_only=False):
         if not self.is_first:
             return
-        state = {"format": FORMAT, "options": self.options, "data": self.data,
-                 "packages": installed_packages(), "machine": machine(),
-                 "settings": vars(self.model.settings), "step": self.step, "seconds": self.seconds,
-                 "model": self.model.state_dict()}
+        state = {"format": FORMAT, "options": self.options, "data": self.manifest,
+                 "machine": self.machine, "settings": vars(self.model.settings),
+                 "step": self.step, "seconds": self.seconds, "model": self.model.state_dict()}
         if not weights_only:
             state |= {"log": self.log, "recent_losses": self.recent_losses,
                       "generator": torch.get_rng_state()}
@@ -358,16 +364,16 @@ class Run:
         for part in ("model", "optimiser", "scheduler", "loader"):
             getattr(self, part).load_state_dict(state[part])
         torch.set_rng_state(state["generator"])
-        others = {name: value for name, value in machine().items()
-                  if state["machine"][name] != value}
+        others = [f"{name} {value}, not {state['machine'].get(name)}"
+                  for name, value in self.machine.items() if state["machine"].get(name) != value]
         if others and self.is_first:
-            print(f"{self.folder}: goes on to other numbers than without the interruption, which "
-                  f"had {state['machine']}: now {others}", flush=True)
+            print(f"{self.folder}: goes on to other numbers than without the interruption, as the "
+                  f"machine is another: {'; '.join(others)}", flush=True)
 
     def train(self, stop):
         """Train to the last step, or until `stop()` in any process; last.pt holds the state."""
         o, model = self.options, self.model
-        first, saved = self.step, time.monotonic()
+        begun_at, saved = self.step, time.monotonic()
         began = saved - self.seconds
         n = o["snapshots"]
         snapshots = {math.ceil(self.steps * (i + 1) / n) for i in range(n)}
@@ -386,7 +392,7 @@ class Run:
             self.scheduler.step()
             self.step += 1
             self.seconds = time.monotonic() - began
-            self.recent_losses.append([losses[name].item() for name in losses])
+            self.recent_losses.append(torch.stack([*losses.values()]).tolist())
             last = self.step == self.steps
             if self.step % LOG_STEPS == 0 or last:
                 means = torch.tensor(self.recent_losses).mean(0).tolist()
@@ -404,7 +410,7 @@ class Run:
             if time.monotonic() - saved > CHECKPOINT_SECONDS:
                 self.save("last.pt")
                 saved = time.monotonic()
-        if self.step > first:  # a finished run keeps its bytes: evaluations know it by them
+        if self.step > begun_at:  # a finished run keeps its bytes: evaluations know it by them
             self.save("last.pt")
 
     def agree(self, stop):
@@ -448,14 +454,20 @@ def start(folder, options, given):
     options, checkpoint = choose(folder, options, given)
     join(options["device"])
     train_set, val_set = open_data(options)
-    if checkpoint and checkpoint["data"] != train_set.manifest:
-        raise UserError(f"{options['data']} is not the data set that {folder} was begun with: "
-                        "bring that one back, or say with --data where it is")
+    options |= {"tasks": train_set.n_tasks, "val_tasks": val_set.n_tasks}
     run = Run(folder, options, train_set, val_set)
     if checkpoint:
+        mean, old_mean = run.model.state_mean.cpu(), checkpoint["model"]["state_mean"]
+        if checkpoint["data"] != run.manifest or not torch.allclose(mean, old_mean):
+            raise UserError(f"{options['data']} is not the data set that {folder} was begun with: "
+                            "bring that one back, or say with --data where it is")
         run.load(checkpoint)
     elif options["init"]:
         fine_tune(run.model, options["init"])
+    steps = torch.tensor(run.step, device=options["device"])
+    add_up([steps])
+    if steps != run.step * processes():
+        raise UserError(f"not all processes see the same {folder}/last.pt: put it where they do")
     return run
 
 
@@ -474,8 +486,9 @@ def main():
             raise UserError(f"{folder} is being trained by another process: choose another --name")
         run = start(folder, options, given)
         if is_first:
-            print(f"{folder}: step {run.step} of {run.steps}; a policy of constant actions has a "
-                  f"control loss of {run.log[0]['action_variance']:.4g}", flush=True)
+            print(f"{folder}: step {run.step} of {run.steps}, {run.options['tasks']} training "
+                  "tasks; a policy of constant actions has a control loss of "
+                  f"{run.log[0]['action_variance']:.4g}", flush=True)
         for name in (signal.SIGINT, signal.SIGTERM):
             signal.signal(name, lambda number, _: signals.append(number))
         run.train(stop=lambda: bool(signals))
