@@ -29,10 +29,10 @@ def batch_of(B=5, K=2, Q=1, M=2, n=2, H=13, W=13, dtype=torch.float64):
 
 
 def small_model(network=TecNets, settings=Settings, size=13, statistics={}, **chosen):
-    """An untrained network, of small square images unless told otherwise, in float64."""
+    """An untrained network of small square images, in float64."""
     torch.manual_seed(0)
-    chosen = {"image_height": size, "image_width": size, **chosen}
-    return network(settings(**chosen), **statistics).double()
+    chosen = settings(image_height=size, image_width=size, **chosen)
+    return network(chosen, **statistics).double()
 
 
 def random_demos(lengths=(7,), H=16, W=16, S=20, A=7, **counts):

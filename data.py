@@ -287,6 +287,7 @@ def turn_hue(frames, angle):
 class TaskLoader:
     """An endless iterator of few-shot batches; batch i depends on (seed, i) only.
 
+    The next batch is that at `position`, which may be set.
     A batch has B different tasks; of each K support and Q query demos, all different, and M control
     samples of each of the two sets, every one at a random time of a random demo of its set. It is a
     dict of arrays, U for support and q for query, before one another on axis 1 where both are in
@@ -411,13 +412,6 @@ class TaskLoader:
 
     def __getstate__(self):
         return {**self.__dict__, "_pool": None, "_process": None, "_ahead": {}}
-
-    def state_dict(self):
-        return {"seed": self.seed, "position": self.position}
-
-    def load_state_dict(self, state):
-        self.seed, self.position = state["seed"], state["position"]
-        self._ahead = {}
 
 
 def main():

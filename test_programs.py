@@ -53,12 +53,12 @@ def pushes(tmp_path_factory):
     return folder
 
 
-def own_tasks(shift=0.0):
-    """Tasks that can be learned: actions are states in other units."""
+def own_tasks(shift=(0, 0)):
+    """Tasks that can be learned: actions are states in other units, two states are shifted."""
     tasks = random_demos([40] * 4, H=32, W=32, train=4, val=2)
     for demo in (demo for split in tasks.values() for task in split for demo in task):
         demo["actions"] = 1000 * demo["states"][:, :7]
-        demo["states"][:, 3] += shift
+        demo["states"][:, 3:5] += shift
     return tasks
 
 
@@ -251,6 +251,7 @@ def test_data_after_kills_by_shards_and_extended(pushes, tmp_path):
     assert len(marks()) == 3
     assert data.generate(*job, shard=(0, 2)) == 2
     assert data.generate(*job, shard=(1, 2)) == 0
+    data.generate(tmp_path, {"train": 1, "val": 1}, 3, 3)  # fewer than there are
     assert finished.items() < marks().items()
     assert contents(tmp_path) == contents(pushes)
     with pytest.raises(common.UserError, match=r"other settings \(demos\)"):
@@ -297,7 +298,7 @@ class Python2Pickler(pickle._Pickler):
 
 
 def test_import_of_mil(tmp_path, monkeypatch):
-    """Python 2's pickles, GIFs with merged frames, other tasks beside; it can be trained on."""
+    """Python 2's pickles, GIFs with merged frames; other tasks than pushing are refused."""
     monkeypatch.chdir(tmp_path)
     rng, states = np.random.default_rng(0), {}
     frames = rng.integers(0, 256, (100, 5, 5, 1), np.uint8)
@@ -316,20 +317,17 @@ def test_import_of_mil(tmp_path, monkeypatch):
         Python2Pickler(file, 2).dump({b"demoX": states[stem], b"demoU": rng.random((24, 100, 7)),
                                       b"xml": b"pusher\xe9.xml"})
         path.write_bytes(file.getvalue().replace(b"numpy._core", b"numpy.core"))
-    Path("mil/reach").mkdir()
-    reach = {"demoX": np.zeros((24, 50, 10)), "demoU": np.zeros((24, 50, 2))}
-    Path("mil/reach/demos_3.pkl").write_bytes(pickle.dumps(reach, 2))
-    printed, _ = run("mil_data.py", "mil", "--out", "d", "--val", 1)
-    assert "reach is not of pushing" in printed
+    run("mil_data.py", "mil/push", "mil/push_test", "--out", "d", "--val", 1)
     tasks, at = data.TaskSet("d", "train"), (1, 3, np.arange(100))
-    assert tasks.manifest["tasks"] == {"train": 2, "val": 1, "test": 1}
+    assert data.read_manifest("d")["tasks"] == {"train": 2, "val": 1, "test": 1}
     expected = states["push/demos_4"][6 + 3].astype(np.float32)
     assert (tasks.states[tasks.row(*at)] == expected).all()
     assert (tasks.frames(*at) == frames).all()
     begin("d", "mil", "--batch", 2, until=1)
-    shutil.copytree("mil/push", "mil/copy", copy_function=os.link)
-    with pytest.raises(common.UserError, match="train task 3, as another folder"):
-        mil_data.import_mil("mil", "again", val=1, workers=1)
+    reach = {"demoX": np.zeros((24, 50, 10)), "demoU": np.zeros((24, 50, 2))}
+    Path("mil/push/demos_4.pkl").write_bytes(pickle.dumps(reach, 2))
+    with pytest.raises(common.UserError, match="demos_4.pkl is not of pushing"):
+        mil_data.import_mil("mil/push", "mil/push_test", "again", val=1, workers=1)
 
 
 class Malice:
@@ -393,8 +391,10 @@ def test_going_on_otherwise(own, pushes, tmp_path, monkeypatch, capsys):
     """Other threads are said in a line; other options, other data, a second process are refused."""
     monkeypatch.chdir(tmp_path)
     begin(own, "a", until=2)
-    for words, message in ((["--lr", 1], "another --lr"), (["--data", pushes], "not the data"),
-                           ([], "holds a run")):
+    data.write_data_set("new", own_tasks((6, 2)), sim.MIRROR, recolour=True, pairs=True)
+    shutil.copytree(pushes, "pushes")
+    for words, message in ((["--lr", 1], "another --lr"), (["--data", "pushes"], "not the data"),
+                           (["--data", "new"], "not the data"), ([], "holds a run")):
         with pytest.raises(common.UserError, match=message):
             begin(own, "a", *words, *["--resume"][:len(words)])
     begin(own, "a", "--resume", until=2)
@@ -402,11 +402,12 @@ def test_going_on_otherwise(own, pushes, tmp_path, monkeypatch, capsys):
     torch.set_num_threads(2)
     begin(own, "a", "--resume", until=2)
     printed = capsys.readouterr().out
-    assert "other numbers" in printed and printed.endswith("now {'threads': 2}\n")
+    assert "goes on to other numbers" in printed and printed.endswith("threads 2, not 1\n")
     with open("runs/a/.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(common.UserError, match="another process"):
             call(train, "--name", "a", "--resume")
+    assert contents(Path("pushes")) == contents(pushes)  # left alone
 
 
 def test_two_processes_equal_one(saving, own, tmp_path, monkeypatch):
@@ -477,7 +478,7 @@ def test_schedules_of_the_learning_rate(own, tmp_path, monkeypatch):
 def test_fine_tuning(own, trained, tmp_path, monkeypatch, capsys):
     """--init takes the weights; statistics are the new data's, and what is far is named."""
     monkeypatch.chdir(tmp_path)
-    data.write_data_set("new", own_tasks(shift=1000), sim.MIRROR, recolour=True, pairs=True)
+    data.write_data_set("new", own_tasks(shift=(6, 2)), sim.MIRROR, recolour=True, pairs=True)
     capsys.readouterr()
     model = begin("new", "tuned", "--init", trained / "last.pt", until=0).model
     assert capsys.readouterr().out.endswith("more than 10 old deviations away: state 3\n")
@@ -616,7 +617,7 @@ def test_demonstrations_on_the_fly_are_those_of_the_data_set(pushes, tmp_path):
     films = [contents(tmp_path / name)["task01-shots2.gif"] for name in ("data", "fly")]
     assert films[0] == films[1]
     with pytest.raises(common.UserError, match="4 shots"):
-        call(evaluate, "--data", pushes, "--shots", 4)
+        call(evaluate, "--data", pushes, "--shots", 4, "--tasks", 1)
 
 
 def test_redrawn_demonstrations():
@@ -667,7 +668,7 @@ def test_a_network_of_other_data(tmp_path):
     content["data"]["benchmark"] = None
     torch.save(content, tmp_path / "own.pt")
     with pytest.raises(common.UserError, match="not trained on this benchmark"):
-        call(evaluate, "--checkpoint", tmp_path / "own.pt", "--out", tmp_path / "e")
+        call(evaluate, "--checkpoint", tmp_path / "own.pt", "--tasks", 1)
     model, _ = train.load_model((tmp_path / "own.pt").read_bytes())
     bodies, env = sim.make_task("val", 0), sim.PushEnv()
     task = sim.Task("mine", 0, bodies.target, bodies.distractor)

@@ -2,15 +2,13 @@
 
 test_programs.py has the tests of the programs, which take minutes.
 """
-import copy
 import dataclasses
+import itertools
 import math
 import multiprocessing
-import os
 import pickle
 import signal
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -71,7 +69,6 @@ def test_embedding_loss_against_loops(negatives, hinge_mean):
     expected = looped_embedding_loss(*s, 0.3, negatives, hinge_mean)
     assert_close(loss, expected)
     assert_close(torch.autograd.grad(loss, s), torch.autograd.grad(expected, s))
-    assert (loss > embedding_loss(*s, 0.3, negatives, "all")[0]) == (hinge_mean == "violated")
 
 
 def backward(model, batch, chunk=256):
@@ -95,7 +92,7 @@ def tiled_planes(layer, images, s=None):
 @parametrize("H, W", [(13, 13), (16, 21), (125, 125)])
 def test_first_convolution_against_tiled_planes(H, W, monkeypatch):
     """Both formulations, with and without a sentence; borders, gradients and all."""
-    model, batch = small_model(image_height=H, image_width=W), batch_of(B=2, H=H, W=W)
+    model, batch = TecNets(Settings(H, W)).double(), batch_of(B=2, H=H, W=W)
     fast = backward(model, batch)
     for convolution in (tiled_planes, tecnets.plain_first_convolution):
         monkeypatch.setattr(tecnets, "first_convolution", convolution)
@@ -104,11 +101,10 @@ def test_first_convolution_against_tiled_planes(H, W, monkeypatch):
 
 def looped_losses(model, batch):
     """Every loss of the paper, a demonstration and a sample at a time."""
-    c, embedded = model.settings, []
-    for name in ("frames_U", "frames_q"):
-        embedded.append(torch.stack([model.embedding_net(demos) for demos in batch[name]]))
-    s_U = torch.stack([sentence(f, c.support_mean) for f in embedded[0]])
-    s_q = F.normalize(embedded[1], dim=-1) if c.normalise_queries else embedded[1]
+    c, embed = model.settings, model.embedding_net
+    s_U = torch.stack([sentence(embed(demos), c.support_mean) for demos in batch["frames_U"]])
+    s_q = torch.stack([embed(demos) for demos in batch["frames_q"]])
+    s_q = F.normalize(s_q, dim=-1) if c.normalise_queries else s_q
     predicted = torch.zeros_like(batch["actions"])
     for j, side, m in np.ndindex(predicted.shape[:3]):
         at = slice(j, j + 1), side, slice(m, m + 1)
@@ -117,7 +113,7 @@ def looped_losses(model, batch):
     loss_U, loss_q = errors.square().mean((0, 2, 3))
     loss_emb = looped_embedding_loss(s_U, s_q, c.margin, c.negatives, c.hinge_mean)
     loss = c.lambda_emb * loss_emb + c.lambda_U * loss_U + c.lambda_q * loss_q
-    accuracy = embedding_loss(s_U, s_q, c.margin, c.negatives)[1]
+    _, accuracy = embedding_loss(s_U, s_q, negatives=c.negatives)
     return dict(loss=loss, loss_emb=loss_emb, loss_U=loss_U, loss_q=loss_q, accuracy=accuracy)
 
 
@@ -125,32 +121,27 @@ def looped_losses(model, batch):
     support_mean="norm-mean-norm", negatives="queries", margin=0.5, normalise_queries=False,
     hinge_mean="all", lambda_emb=0.7, lambda_U=0.2, lambda_q=0.5)])
 def test_losses_and_gradients_against_loops(options):
-    """Of `losses`, of `backward` in chunks, and of a control net alone."""
+    """Of `losses`, and of `backward` in chunks."""
     model = small_model(statistics=dict(action_mean=0.25, action_std=0.5), **options)
     batch = batch_of()
-    losses, control = looped_losses(model, batch), list(model.control_net.parameters())
+    losses = looped_losses(model, batch)
     expected = losses, list(torch.autograd.grad(losses["loss"], model.parameters()))
     assert_close(model.losses(batch), losses)
     for chunk in (4, 9, 256):  # of 1 task, of 2 and 1, of all
         assert_close(backward(model, batch, chunk), expected, rtol=1e-8, atol=1e-10)
-    model.zero_grad()
-    model.embedding_net.requires_grad_(False)
-    model.backward(batch, 4)
-    assert_close([p.grad for p in control], expected[1][-len(control):], rtol=1e-8, atol=1e-10)
 
 
-@parametrize("unit", [0.001, 1000.0])
-def test_any_units(unit):
+def test_any_units():
     """Losses and gradients are those of plain numbers, predictions are in the robot's units."""
     results, batch = [], batch_of()
-    for scale, shift in ((1, 0), (unit, 3 * unit)):
+    for scale, shift in ((1, 0), (0.001, 0.003), (1000, 3000)):
         given = {name: scale * batch[name] + shift for name in ("states", "actions")}
         model = small_model(statistics=dict(
             state_mean=shift, state_std=scale, action_mean=shift, action_std=scale))
         s = model.embed(batch["frames_U"])
         predicted = model.predict(batch["images"][:, 1], given["states"][:, 1], s)
         results.append([(predicted - shift) / scale, backward(model, {**batch, **given})])
-    assert_close(*results, rtol=1e-3, atol=1e-6)
+    assert_close(results[1:], 2 * results[:1], rtol=1e-3, atol=1e-6)
 
 
 def test_architecture_of_the_official_code():
@@ -164,17 +155,17 @@ def test_architecture_of_the_official_code():
 
 def test_every_frame_of_a_demonstration_counts():
     model, demos = small_model(demo_frames=3), batch_of(n=3)["frames_U"]
-    assert model.embedding_net.convolutions[0].in_channels == 9
     for frame in range(3):
         other = demos.clone()
         other[:, :, frame] = 0
         assert (model.embed(other) - model.embed(demos)).abs().max() > 1e-3
+    with pytest.raises(RuntimeError, match="channels"):
+        model.embed(demos[:, :, :2])
 
 
 def small_method(name, dtype=torch.float64, **chosen):
     """(one of train.METHODS with weights of ordinary size, so that gradients are; a batch)."""
-    network, settings, _ = train.METHODS[name]
-    model = small_model(network, settings, 32, units=12, **chosen).to(dtype)
+    model = small_model(*train.METHODS[name][:2], 32, units=12, **chosen).to(dtype)
     for module in model.modules():
         if isinstance(module, torch.nn.Linear):
             module.reset_parameters()
@@ -191,7 +182,7 @@ def test_bfloat16_gives_nearly_the_same_gradient(name):
 
 @parametrize("name", train.METHODS)
 def test_tools_that_take_any_network(name):
-    """One observation, inference mode, contiguous weights, numbers of numpy; floats are refused."""
+    """One observation, inference mode, vectors of weights, numbers of numpy; floats are refused."""
     model, batch = small_method(name, filters=np.int64(4))
     images, states, frames = batch["images"][:, 1], batch["states"][:, 1], batch["frames_U"]
     context = model.embed(frames)
@@ -200,17 +191,16 @@ def test_tools_that_take_any_network(name):
     with torch.inference_mode():
         action = model.act(images[3, 1], states[3, 1], model.embed(frames[3].clone()))
     assert_close(action, actions[3, 1].detach())
-    assert all(p.is_contiguous() for p in model.parameters())
-    torch.nn.utils.parameters_to_vector(model.parameters())
+    torch.nn.utils.parameters_to_vector(model.parameters())  # they are contiguous
     with pytest.raises(TypeError, match="uint8"):
         model.backward({**batch, "frames_U": frames / 255})
 
 
-@parametrize("to", ["export", "onnx"])
 @parametrize("call", ["embed", "predict"])
-def test_exported_networks_take_any_sizes(call, to):
+def test_exported_networks_take_any_sizes(call):
     """Numbers of tasks, samples and demonstrations other than those traced."""
     model, some = small_model().float(), torch.export.Dim.DYNAMIC
+    model.forward = getattr(model, call)
 
     def inputs(**sizes):
         batch = batch_of(dtype=torch.float32, **sizes)
@@ -218,17 +208,10 @@ def test_exported_networks_take_any_sizes(call, to):
         samples = images, states, torch.randn(len(images), 20)
         return samples if call == "predict" else (batch["frames_U"],)
 
-    traced, given = inputs(), inputs(B=3, K=4, M=5)
+    given = inputs(B=3, K=4, M=5)
     shapes = [{0: some, 1: some}, {0: some, 1: some}, {0: some}][:len(given)]
-    model.forward = getattr(model, call)
-    if to == "export":
-        exported = torch.export.export(model, traced, dynamic_shapes=shapes).module()(*given)
-    else:
-        for package in ("onnxscript", "onnxruntime"):
-            pytest.importorskip(package)
-        program = torch.onnx.export(model, traced, dynamic_shapes=shapes, dynamo=True)
-        exported, = program(*given)
-    assert_close(exported, model(*given), rtol=1e-4, atol=1e-5)
+    exported = torch.export.export(model, inputs(), dynamic_shapes=shapes).module()
+    assert_close(exported(*given), model(*given))
 
 
 def test_wrong_calls():
@@ -326,27 +309,27 @@ def test_actions_by_hand(name):
 
 def test_an_untrained_lstm_keeps_its_memory():
     c, lstm = torch.ones(1, 1, 512), baselines.LSTM().lstm
-    _, (_, kept) = lstm(torch.zeros(1, 1, 200), (0 * c, c))
+    kept = lstm(torch.zeros(1, 1, 200), (0 * c, c))[1][1]
     assert_close(kept, torch.sigmoid(c))  # biases are 1 and 0: nothing is added
 
 
-@parametrize("name", ["contextual", "lstm", "mil"])
-def test_baseline_in_chunks(name, monkeypatch):
-    """A backward in chunks, of at most so many images, is that of the whole."""
+@parametrize("name", train.METHODS)
+def test_backward_in_chunks(name, monkeypatch):
+    """It is that of the whole, with at most so many images at a time."""
     (model, batch), seen = small_method(name), []
     respond = model.respond
     monkeypatch.setattr(model, "respond", lambda images, *given: (
         seen.append(len(images)) or respond(images, *given)))
     whole = backward(model, batch)
-    assert_close(backward(model, batch, 24), whole)
-    assert seen == [5, 2, 2, 1]  # 2 demos of 3 frames and of 2 samples: 10 images a task
+    chunk = 8 if name == "tecnets" else 24  # images a task: 2 x 2 samples or 2 x (3 frames + 2)
+    assert_close(backward(model, batch, chunk), whole)
+    assert seen == [5, 2, 2, 1]
 
 
-@parametrize("name, chosen", [
-    *((name, {}) for name in train.METHODS), ("contextual", {"features": "flat"})])
-def test_every_method_learns_two_tasks(name, chosen):
+@parametrize("name", train.METHODS)
+def test_every_method_learns_two_tasks(name):
     """Only a bright square on one side of the demo's last frame tells the action, in any units."""
-    model = small_model(*train.METHODS[name][:2], 32, dict(action_std=0.001), **chosen).float()
+    model = small_model(*train.METHODS[name][:2], 32, dict(action_std=0.001)).float()
     batch = batch_of(B=2, K=1, M=4, H=32, W=32, dtype=torch.float32)
     batch = {name: torch.zeros_like(values) for name, values in batch.items()}
     for task, side in enumerate((1, -1)):
@@ -359,7 +342,7 @@ def test_every_method_learns_two_tasks(name, chosen):
         optimiser.step()
         if losses["loss_q"] < 0.05:  # of 1
             return
-    pytest.fail(str(losses))
+    pytest.fail("no learning")
 
 
 # The simulator --------------------------------------------------------------------------------
@@ -377,7 +360,7 @@ def blind():
 
 def test_splits_share_no_mesh_and_pairs_are_swapped():
     home = {}
-    for split, pair in ((split, pair) for split in sim.SPLITS for pair in range(400)):
+    for split, pair in itertools.product(sim.SPLITS, range(400)):
         one, other = (sim.make_task(split, 2 * pair + i) for i in (0, 1))
         assert (one.target, one.distractor) == (other.distractor, other.target)
         for body in (one.target, other.target):
@@ -395,13 +378,14 @@ def test_start_ranges(blind):
 
 
 def test_the_expert_solves_tasks_and_nothing_flies(blind):
+    def policy(obs):
+        assert np.abs(blind.dq).max() < 3
+        assert min(blind.target_position[2], blind.distractor_position[2]) > 0
+        return sim.expert_action(blind)
+
     for index in range(8):
-        blind.reset(seed=index, options={"task": sim.make_task("test", index)})
-        for _ in range(sim.HORIZON):
-            *_, truncated, info = blind.step(sim.expert_action(blind))
-            assert np.abs(blind.dq).max() < 3
-            assert min(blind.target_position[2], blind.distractor_position[2]) > 0
-        assert truncated and info["success"]
+        options = {"task": sim.make_task("test", index)}
+        assert evaluate.rollout(blind, policy, index, options)["success"]
 
 
 def expert_episode(env, seed, index, film=None):
@@ -414,29 +398,17 @@ def test_the_expert_goes_around_a_distractor(blind):
     assert info["success"] and info["distractor_displacement"] < sim.MOVED_DISTANCE
 
 
-def random_course(env, index, **options):
-    """Arrays of the observations of random actions."""
-    obs, _ = env.reset(seed=5, options={"task": sim.make_task("test", index), **options})
-    rng, course = np.random.default_rng(0), [obs]
-    for _ in range(30):
-        course.append(env.step(rng.uniform(-1, 1, 7))[0])
-    return {name: np.array([obs[name] for obs in course]) for name in obs}
-
-
-def test_an_episode_depends_on_task_and_seed_only(env, blind):
-    expected = random_course(blind, 0)["state"]
-    random_course(env, 1)  # another task, another client, with pictures
-    assert_array_equal(random_course(env, 0)["state"], expected)
-
-
 def test_the_tasks_of_a_pair_start_from_the_same_scene(env):
     """A policy that ignores the demonstration does the same. Pictures are of the instant."""
-    films, places = [], []
-    for index in (4, 5):
-        film = random_course(env, index, swap=index == 5)["image"]
-        assert_array_equal(film[-1], env.render())
-        assert (film[-1] != film[-2]).any()
-        films.append(film)
+    def policy(obs):
+        assert_array_equal(obs["image"], env.render())
+        return rng.uniform(-1, 1, 7)
+
+    films, places = ([], []), []
+    for index in (0, 1):
+        rng = np.random.default_rng(0)
+        options = {"task": sim.make_task("test", index), "swap": index}
+        evaluate.rollout(env, policy, 5, options, films[index])
         places.append([env.target_position, env.distractor_position])
     assert_array_equal(*films)
     assert_array_equal(places[0], places[1][::-1])
@@ -448,12 +420,12 @@ def test_the_mirrored_arm(env):
     for body in (env.target, env.distractor):  # out of sight
         env.client.resetBasePositionAndOrientation(body, (5, 5, 0.1), (0, 0, 0, 1))
     q = 0.3, 1.7, 0.1, -1.7, 0.1, -0.4, 0.3  # in view, on one side
-    dq, twist, seen = np.linspace(-0.1, 0.1, 7), np.linspace(-0.1, 0.2, 6), []
+    dq, seen = np.linspace(-0.1, 0.2, 7), []
     for signs, axes in ((np.ones(7), 1), (sim.MIRRORED_ACTION, (1, -1, 1, -1, 1, -1))):
         for joint, pose in enumerate(zip(q * signs, dq * signs)):
             env.client.resetJointState(env.arm, joint, *pose)
         obs = env._observe()
-        action = sim._joint_control(env, twist * axes, np.zeros(2))
+        action = sim._joint_control(env, dq[:6] * axes, np.zeros(2))
         seen.append((obs["state"], action, obs["image"].astype(int)))
     (state, action, image), mirrored = seen
     assert_allclose(state * sim.MIRRORED_STATE, mirrored[0], atol=1e-6)
@@ -494,9 +466,8 @@ def test_rendering_keeps_no_memory(env):
     pages = []
     for seed in range(50):
         env.reset(seed=seed, options={"task": sim.make_task("train", seed % 4)})
-        pages.append(int(Path("/proc/self/statm").read_text().split()[1]))
-    # PyBullet's file cache took 6 MB.
-    assert (pages[-1] - pages[15]) * os.sysconf("SC_PAGE_SIZE") < 2e6
+        pages.append(int(open("/proc/self/statm").read().split()[1]))
+    assert pages[-1] - pages[15] < 500  # 2 MB; PyBullet's file cache took 6
 
 
 def test_calls_of_the_simulator(blind):
@@ -505,8 +476,6 @@ def test_calls_of_the_simulator(blind):
         blind.reset(seed=seed, options=options)
         places.append(tuple(blind.target_position))
     assert places[:2] == places[2:] and places[0] != places[1]
-    with pytest.raises(TypeError, match="copied or pickled"):
-        copy.copy(blind.client)
     with pytest.raises(ValueError, match="7 finite numbers"):
         blind.step([math.nan] * 7)
     with pytest.raises(TypeError, match="sides"):
@@ -524,11 +493,10 @@ def test_bodies_of_ones_own(env, tmp_path):
         body = dataclasses.replace(task.target, **changes)
         return env.reset(seed=0, options={"task": sim.Task("own", 0, body, body)})[0]["image"]
 
-    for width, x, z, radius in ((1, 0.1, 0.08, 0.5), (2, 0.05, 0.05, 1.25)):
+    for width, expected in ((1, [0.1, 0.1, 0.08]), (2, [0.05, 0.05, 0.05])):
         mesh.write_text(TETRAHEDRON.format(width, 1))
         pictures.append(reset(mesh_id=mesh, size=0.1))
-        scale, _, got = sim.body_shape(env.task.target)
-        assert_allclose([*scale, got], [x, x, z, x * radius ** 0.5])
+        assert_allclose(sim.body_shape(env.task.target)[0], expected)
     assert np.not_equal(*pictures).any()
     assert_array_equal(reset(mesh_id=np.int64(6)), reset(mesh_id=6))
     for text, message in ((TETRAHEDRON.format(1, 0), "0.0 high"),
@@ -536,8 +504,6 @@ def test_bodies_of_ones_own(env, tmp_path):
         mesh.write_text(text)
         with pytest.raises(ValueError, match=message):
             reset(mesh_id=mesh)
-    with pytest.raises(ValueError, match="between them"):
-        reset(size=0.6)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -555,30 +521,21 @@ def test_gymnasium():
     assert_allclose(info["fork"][:3], env.fork_position)
     envs = gymnasium.make_vec(**words, num_envs=2, vectorization_mode="sync")
     obs, _ = envs.reset(seed=[4, 4])
-    assert obs["image"].shape == (2, 32, 32, 3)
     assert_array_equal(*obs["state"])
 
 
 # The data -------------------------------------------------------------------------------------
 
-@pytest.fixture(scope="module")
-def tasks(tmp_path_factory):
-    """Small pictures, the simulator's sizes and symmetries."""
-    folder, demos = tmp_path_factory.mktemp("tasks"), random_demos([100] * 4, train=4, val=1)
-    data.write_data_set(folder, demos, sim.MIRROR, recolour=True, pairs=True)
-    return data.TaskSet(folder, "train")
-
-
-LENGTHS = (7, 5, 9)
+LENGTHS = 7, 5, 9
 
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory):
-    """Demonstrations of unlike lengths and oblong pictures, and the data set made of them.
+    """(demonstrations of unlike lengths and oblong pictures, the data set made of them).
 
     It was given a generator of tasks, lists and tensors. The first number is always the same.
     """
-    demos = random_demos(LENGTHS, H=12, W=20, S=5, A=3, train=4, val=1)
+    demos = random_demos(LENGTHS, H=12, W=20, train=4, val=1)
     folder = tmp_path_factory.mktemp("own")
 
     def generator(split):
@@ -588,8 +545,14 @@ def own(tmp_path_factory):
             yield [{"frames": list(demo["frames"]), "states": demo["states"].tolist(),
                     "actions": torch.from_numpy(demo["actions"])} for demo in task]
 
-    data.write_data_set(folder, {split: generator(split) for split in demos})
+    given = {split: generator(split) for split in demos}
+    data.write_data_set(folder, given, sim.MIRROR, recolour=True, pairs=True)
     return demos["train"], data.TaskSet(folder, "train")
+
+
+@pytest.fixture
+def tasks(own):
+    return own[1]
 
 
 def test_statistics(own, monkeypatch, tmp_path):
@@ -601,7 +564,7 @@ def test_statistics(own, monkeypatch, tmp_path):
         assert_allclose(got.statistics()[name + "_std"], [1, *rows[:, 1:].std(0)], rtol=1e-5)
     data.generate(tmp_path, {"train": 0}, demos=1, seed=0)
     monkeypatch.setattr(got, "manifest", data.read_manifest(tmp_path))
-    model = TecNets(Settings(state_dim=5), **got.statistics())
+    model = TecNets(Settings(), **got.statistics())
     assert not model.action_mean.any() and (model.action_std == 1).all()
     assert model.state_std[0] == np.float32(1e-3)  # MIL's floor
 
@@ -618,25 +581,27 @@ def test_demonstrations_that_do_not_fit(name, damage, message, tmp_path):
         data.write_data_set(tmp_path, demos)
 
 
-def test_what_data_do_not_allow(own):
-    with pytest.raises(data.UserError, match="allow mirror"):
-        data.TaskLoader(own[1], B=2, K=1, mirror=True)
+def test_what_data_do_not_allow(tasks, monkeypatch):
     with pytest.raises(data.UserError, match="3 of a task: lower --support or --query"):
-        data.TaskLoader(own[1], B=2, K=3)
+        data.TaskLoader(tasks, B=2, K=3)
+    monkeypatch.setitem(tasks.manifest, "mirror", None)
+    with pytest.raises(data.UserError, match="allow mirror"):
+        data.TaskLoader(tasks, B=2, K=1, mirror=True)
 
 
 @parametrize("n", [2, 3])
 def test_loader_against_loops(own, n):
     """Sets are disjoint, samples lie within their demonstration, its last frame is its own."""
     demos, got = own
-    loader = data.TaskLoader(got, B=3, K=2, M=5, random_support=False, demo_frames=n)
+    loader = data.TaskLoader(got, B=3, K=2, M=5, random_support=False, mirror=False, recolour=False,
+                             hue_jitter=0, pairs=False, demo_frames=n)
     for _ in range(10):
         b = next(loader)
         assert len(set(b["tasks"])) == 3
         for i, task in enumerate(b["tasks"]):
             numbers = b["demos"][i].tolist()
             assert sorted(numbers) == [0, 1, 2]
-            for seen, number in zip([*b["frames_U"][i], *b["frames_q"][i]], numbers, strict=True):
+            for seen, number in zip([*b["frames_U"][i], *b["frames_q"][i]], numbers):
                 times = [0, LENGTHS[number] // 2, -1] if n == 3 else [0, -1]
                 assert_array_equal(seen, demos[task][number]["frames"][times])
             for side, m in np.ndindex(2, 5):
@@ -645,7 +610,7 @@ def test_loader_against_loops(own, n):
                 for name in ("images", "states", "actions"):
                     array = demos[task][number][name.replace("images", "frames")]
                     assert_array_equal(b[name][i, side, m], array[time_])
-    model = TecNets(Settings(12, 20, 5, 3, demo_frames=n), **got.statistics())
+    model = TecNets(Settings(12, 20, demo_frames=n), **got.statistics())
     batch = train.to_tensors(b, "cpu")
     assert_close(model.losses(batch), looped_losses(model, batch), rtol=1e-4, atol=1e-5)
 
@@ -668,34 +633,37 @@ def test_augmented_batches(tasks):
     assert len(set(drawn[2])) == 4 and np.abs(drawn[2]).max() <= 0.6
     for i, (mirrored, recoloured, hue) in enumerate(zip(*drawn)):
         for name in ("frames_U", "frames_q", "images"):
-            expected = plain[name][i, ..., ::-1, :] if mirrored else plain[name][i]
-            expected = expected[..., [0, 2, 1]] if recoloured else expected
-            assert_allclose(batch[name][i], turned(expected, hue), rtol=0, atol=1)
+            expected = plain[name][i, ..., ::1 - 2 * mirrored, :]
+            expected = expected[..., [0, 2, 1] if recoloured else [0, 1, 2]]
+            assert_allclose(batch[name][i], turned(expected, hue), atol=1)
         for name, signs in sim.MIRROR.items():
-            signs = np.float32(signs) if mirrored else 1
-            assert_array_equal(batch[name][i], plain[name][i] * signs)
+            assert_array_equal(batch[name][i], plain[name][i] * np.where(mirrored, signs, 1))
 
 
 def test_batches_of_pairs(tasks):
-    """Every task comes with its partner, both seen alike; all pairs come, K from 1 to 2."""
-    loader, seen = data.TaskLoader(tasks, B=2, K=2), set()
+    """Every task comes with its partner, both seen alike; all pairs come, K from 1 to 2.
+
+    Times are T u^3: (1 / T)^(1/3) of them are 0.
+    """
+    loader, seen, surplus = data.TaskLoader(tasks, B=2, K=2), set(), []
     for position in range(60):
         batch = loader.batch(position)
         one, other = zip(*(batch[name] for name in ("tasks", "mirrored", "recoloured", "hues")))
         assert one[0] % 2 == 0 and other == (one[0] + 1, *one[1:])
         seen.add((*one[:3], batch["frames_U"].shape[1]))
-    assert len(seen) == 16
+        surplus.append((batch["times"] == 0) - np.take(LENGTHS, batch["control_demos"]) ** (-1 / 3))
+    assert len(seen) == 16 and abs(np.mean(surplus)) < 0.03
 
 
 def test_shards_of_a_batch_make_the_batch(tasks):
     """Whatever the number of threads; K is drawn alike."""
-    words = dict(B=4, K=2, M=2, seed=3)
-    whole = data.TaskLoader(tasks, **words)
-    shards = [data.TaskLoader(tasks, **words, shard=(i, 2), threads=1 + i) for i in (0, 1)]
+    loaders = []
+    for threads, shard in ((1, (0, 1)), (1, (0, 2)), (2, (1, 2))):
+        loaders.append(data.TaskLoader(tasks, B=4, K=2, M=2, threads=threads, shard=shard))
     for _ in range(3):
-        expected, *parts = (next(loader) for loader in (whole, *shards))
-        for name in expected:
-            assert_array_equal(np.concatenate([part[name] for part in parts]), expected[name])
+        whole, *parts = map(next, loaders)
+        for name in whole:
+            assert_array_equal(np.concatenate([part[name] for part in parts]), whole[name])
 
 
 def test_an_interruption_costs_no_batch(tasks):
@@ -708,7 +676,7 @@ def test_an_interruption_costs_no_batch(tasks):
             return super().batch(position)
 
     loader = Troubled(tasks, B=2, K=1, threads=2)
-    before = signal.signal(signal.SIGALRM, signal.default_int_handler)  # what Ctrl-C calls
+    signal.signal(signal.SIGALRM, signal.default_int_handler)  # what Ctrl-C calls
     for _ in range(7):
         signal.setitimer(signal.ITIMER_REAL, 1)
         try:
@@ -716,7 +684,6 @@ def test_an_interruption_costs_no_batch(tasks):
         except (ZeroDivisionError, KeyboardInterrupt) as error:
             seen.add(type(error))
     signal.setitimer(signal.ITIMER_REAL, 0)
-    signal.signal(signal.SIGALRM, before)
     assert len(seen) == 2
     assert_array_equal(got, [loader.batch(position)["times"] for position in range(5)])
 
@@ -740,21 +707,14 @@ def test_a_loader_in_another_process(tasks):
     assert_array_equal([queue.get(), times_of(pickle.loads(pickle.dumps(loader)))], 2 * [expected])
 
 
-def test_share_of_first_frames(tasks):
-    for exponent in (1, 3):
-        loader = data.TaskLoader(tasks, B=4, K=1, M=1000, time_exponent=exponent)
-        times = loader.batch(0)["times"]
-        assert abs((times == 0).mean() - 0.01 ** (1 / exponent)) < 0.02 and times.max() == 99
-
-
 # Evaluation -----------------------------------------------------------------------------------
 
 def test_a_policy_reads_evenly_spaced_frames():
     model, _ = small_method("lstm", torch.float32, demo_frames=5)
-    frames = np.random.default_rng(0).integers(0, 256, (100, 32, 32, 3), np.uint8)
-    obs, actions = {"image": frames[7], "state": np.zeros(20, np.float32)}, []
-    for given in (frames, frames[[0, 25, 50, 74, 99]]):
-        actions.append(evaluate.policy_of(model, [{"frames": given}])(obs))
+    demo, = random_demos([100], H=32, W=32, val=1)["val"][0]
+    obs, actions = {"image": demo["frames"][7], "state": demo["states"][7]}, []
+    for frames in (demo["frames"], demo["frames"][[0, 25, 50, 74, 99]]):
+        actions.append(evaluate.policy_of(model, [{"frames": frames}])(obs))
     assert_array_equal(*actions)
 
 
@@ -768,4 +728,3 @@ def test_interval():
         rate, interval = successes.mean(), evaluate.interval(rows)
         half = 1.96 * (rate * (1 - rate) / (100 * different)) ** 0.5
         assert interval == pytest.approx([rate - half, rate + half], abs=0.01)
-        assert evaluate.interval(rows[::-1]) == interval

@@ -349,8 +349,7 @@ class Run:
         if not weights_only:
             state |= {"log": self.log, "recent_losses": self.recent_losses,
                       "generator": torch.get_rng_state()}
-            state |= {part: getattr(self, part).state_dict()
-                      for part in ("optimiser", "scheduler", "loader")}
+            state |= {part: getattr(self, part).state_dict() for part in ("optimiser", "scheduler")}
         write_atomically(self.folder / name, lambda file: torch.save(state, file))
         lines = "".join(json.dumps(row) + "\n" for row in self.log)
         write_atomically(self.folder / "log.jsonl", lambda file: file.write(lines.encode()))
@@ -361,7 +360,8 @@ class Run:
         """Go on from what `save` wrote."""
         self.step, self.seconds = state["step"], state["seconds"]
         self.log, self.recent_losses = state["log"], state["recent_losses"]
-        for part in ("model", "optimiser", "scheduler", "loader"):
+        self.loader.position = self.step
+        for part in ("model", "optimiser", "scheduler"):
             getattr(self, part).load_state_dict(state[part])
         torch.set_rng_state(state["generator"])
         others = [f"{name} {value}, not {state['machine'].get(name)}"
