@@ -66,7 +66,11 @@ def _record_task(path, split, index, demos, seed):
 def claim_data(folder, manifest, tasks):
     """Write a data set's manifest. One that is there may differ in the number of tasks only."""
     counts = dict(tasks)
-    if (folder / "manifest.json").exists():
+    if not (folder / "manifest.json").exists():
+        if any((folder / split).exists() for split in SPLITS):
+            raise UserError(f"{folder} holds tasks, but no manifest.json, perhaps of an unfinished "
+                            "write_data_set: choose another folder, or delete it")
+    else:
         for split, count in read_manifest(folder)["tasks"].items():
             counts[split] = max(count, tasks.get(split, 0))
     claim(folder / "manifest.json", {**manifest, "tasks": counts}, free=("tasks",))
@@ -84,12 +88,12 @@ def write_data_set(folder, tasks, mirror=None, recolour=False, pairs=False):
     those of the scene seen in a mirror; without it batches cannot be mirrored. `recolour` says that
     a picture whose green and blue are exchanged shows a valid scene, too; `pairs` that tasks 2k and
     2k + 1 have the same objects in exchanged roles.
-    Raises UserError if the folder holds a data set, and ValueError, which names split, task,
+    Raises UserError if the folder is not empty, and ValueError, which names split, task,
     demonstration and key, for arrays that do not fit.
     """
     folder = Path(folder)
-    if (folder / "manifest.json").exists():
-        raise UserError(f"{folder} holds a data set: choose another folder, or delete it")
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} holds files: choose another folder, or delete it")
     manifest, counts = None, {}
     for split in tasks:
         if split not in SPLITS:
@@ -109,8 +113,9 @@ def write_data_set(folder, tasks, mirror=None, recolour=False, pairs=False):
 
 def _manifest_of(demos, mirror, recolour, pairs):
     """The manifest of a data set that has these as its first demonstrations."""
-    height, width = demos[0]["frames"].shape[1:3]
-    sizes = {name: demos[0][name].shape[-1] for name in ("states", "actions")}
+    shapes = {name: (*array.shape, 0, 0, 0) for name, array in demos[0].items()}  # checked later
+    height, width = shapes["frames"][1:3]
+    sizes = {name: shapes[name][1] for name in ("states", "actions")}
     if mirror:
         mirror = {name: np.float64(mirror[name]).tolist() for name in sizes}
         for name, size in sizes.items():
@@ -157,7 +162,8 @@ def read_manifest(folder):
     """The manifest of a data set. Raises UserError if there is none, or one of another format."""
     path = Path(folder) / "manifest.json"
     if not path.exists():
-        raise UserError(f"no data set in {folder}: make one with python data.py --out {folder}")
+        raise UserError(f"{folder} has no manifest.json: check the name, or make the benchmark's "
+                        f"data with python data.py --out {folder}")
     manifest = json.loads(path.read_text())
     if manifest.get("format") != FORMAT:
         found = manifest.get("format", manifest.get("version"))
@@ -336,8 +342,9 @@ class TaskLoader:
         self.group = 2 if self.pairs else 1
         rank, size = self.shard
         if self.B > data.n_tasks or self.B % self.group or self.B % size:
-            raise UserError(f"a batch of {self.B} of {data.n_tasks} tasks, drawn {self.group} at a "
-                            f"time and shared by {size} processes: choose another --batch")
+            raise UserError(f"a batch of {self.B} tasks: there are {data.n_tasks}, drawn "
+                            f"{self.group} at a time and shared by {size} processes; choose "
+                            "another --batch")
         if self.K + self.Q > data.n_demos:
             raise UserError(f"K + Q = {self.K} + {self.Q} demonstrations are more than the "
                             f"{data.n_demos} of a task: lower --support or --query")

@@ -44,15 +44,21 @@ def policy_of(model, demos=(), context=None):
 
     Or given a context, what `model.embed` makes of them.
     """
+    device = model.state_mean.device
     if context is None:
-        n = model.settings.demo_frames
-        frames = [demo["frames"][evenly_spaced(len(demo["frames"]), n)] for demo in demos]
+        n, frames = model.settings.demo_frames, []
+        for demo in demos:
+            whole = np.asarray(demo["frames"])
+            frames.append(whole[evenly_spaced(len(whole), n)])
+        frames = torch.as_tensor(np.stack(frames), device=device)  # (K, n, H, W, 3)
+        model.check_sizes(frames)
         with torch.no_grad():
-            context = model.embed(torch.from_numpy(np.stack(frames)))  # of (K, n, H, W, 3)
+            context = model.embed(frames)
 
     def policy(obs):
-        image, state = torch.from_numpy(obs["image"]), torch.from_numpy(obs["state"])
-        return model.act(image, state, context).numpy()
+        image = torch.as_tensor(np.ascontiguousarray(obs["image"]), device=device)
+        state = torch.as_tensor(obs["state"], dtype=torch.float32, device=device)
+        return model.act(image, state, context).cpu().numpy()
 
     return policy
 

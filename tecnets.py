@@ -9,9 +9,9 @@ outputs the joint torques. Both train end to end on
 with the paper's symbols: U is the support set, q the query, s_U and s_q their sentences. This file
 needs torch only and can be copied as it is. Trained weights load without the rest of the project:
 
-    content = torch.load("results/weights.pt", weights_only=True)
-    model = TecNets(Settings(**content["settings"]))
-    model.load_state_dict(content["model"])
+    checkpoint = torch.load("results/weights.pt", map_location="cpu", weights_only=True)
+    model = TecNets(Settings(**checkpoint["settings"]))
+    model.load_state_dict(checkpoint["model"])
 
 Dimensions in comments:
 
@@ -225,8 +225,17 @@ class Policy(nn.Module):
         device = self.state_mean.device.type
         return torch.autocast(device, torch.bfloat16, enabled=self.use_bfloat16)
 
+    def check_sizes(self, pictures, states=None):
+        """Raise ValueError for sizes that are not the settings': some would give wrong actions."""
+        c = self.settings
+        sizes = (c.image_height, c.image_width, 3), c.state_dim
+        given = tuple(pictures.shape[-3:]), sizes[1] if states is None else states.shape[-1]
+        if given != sizes:
+            raise ValueError(f"sizes of picture and state are {given}, the network's are {sizes}")
+
     def predict_normalised(self, images, states, context):
         """As `predict`, but the actions stay normalised."""
+        self.check_sizes(images, states)
         states = (states - self.state_mean) / self.state_std
         with self.autocast():
             return self.respond(images, states, context).to(states.dtype)

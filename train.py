@@ -4,7 +4,7 @@
     python train.py --preset quick      # a policy that mostly succeeds, within half an hour
     python train.py --name ours         # our recipe, two hours; makes missing data first
     python train.py --resume --name ours
-    python train.py --init results/weights.pt --data data/mine --lr 1e-4   # fine-tune
+    python train.py --init runs/ours/last.pt --data data/more --name more --lr 1e-4   # fine-tune
 
 writes into runs/NAME: log.jsonl, curves.png, last.pt (all that `--resume` needs) and step-N.pt
 (weights alone, after the last step; `--snapshots 4` keeps three earlier ones). With `--resume` an
@@ -83,6 +83,11 @@ HELP = {  # of settings
     "hinge_mean": "pairs of tasks over which the hinge is averaged: all (official code), or those "
                   "that violate the margin (ours)",
     "features": "of the last convolution's maps: feature points (MIL), or flat (TecNets)",
+    "lstm_units": "of the LSTM",
+    "bias_transform": "learned inputs of the first fully connected layer",
+    "inner_lr": "rate of the gradient step on a demonstration",
+    "inner_clip": "of the elements of that gradient",
+    "action_scale": "of the actions in both losses",
 }
 
 
@@ -251,8 +256,9 @@ def fine_tune(model, path):
     given, _ = load_model(Path(path).read_bytes(), path)
     try:
         model.load_state_dict({**given.state_dict(), **dict(model.named_buffers())})
-    except RuntimeError as error:
-        raise UserError(f"--init {path} is of another method, or of other sizes ({error})")
+    except RuntimeError:
+        raise UserError(f"{path} is of another method, or of other sizes than these data: --init "
+                        "needs weights of the same")
     far = []
     for kind in ("state", "action"):
         mean, std, new_mean, new_std = (getattr(network, f"{kind}_{name}").cpu()
@@ -270,10 +276,10 @@ def fine_tune(model, path):
 def validate(model, loader, options):
     """Means over the first batches of `loader`.
 
-    val_loss_q is the control loss on query demos. val_loss_partner, where tasks come in pairs, is
-    the same given the partner's demonstrations: no higher if the demonstration is ignored. TecNets
-    only: val_accuracy, of retrieval, and val_norm, the embeddings' median norm (the longer they
-    are, the slower they turn).
+    val_loss_q is the control loss on query demos. val_loss_partner is the same given the partner's
+    demonstrations, where tasks come in pairs, or else another task's: no higher if the
+    demonstration is ignored. TecNets only: val_accuracy, of retrieval, and val_norm, the
+    embeddings' median norm (the longer they are, the slower they turn).
     """
     rows = []
     for position in range(options["validation_batches"]):
@@ -281,9 +287,10 @@ def validate(model, loader, options):
         s_U = model.embed(batch["frames_U"])
         samples = [batch[name][:, 1] for name in ("images", "states", "actions")]
         row = {"val_loss_q": model.imitation_loss(*samples, s_U).item()}
-        if loader.group == 2:
-            partners = s_U.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
-            row["val_loss_partner"] = model.imitation_loss(*samples, partners).item()
+        if len(s_U) > 1:
+            pairs = s_U.unflatten(0, (-1, 2)) if loader.group == 2 else s_U[None]
+            others = pairs.roll(1, 1).flatten(0, 1)
+            row["val_loss_partner"] = model.imitation_loss(*samples, others).item()
         if isinstance(model, TecNets) and len(s_U) > 1:
             f_q = model.embeddings(batch["frames_q"])
             row["val_norm"] = f_q.norm(dim=-1).median().item()
@@ -317,6 +324,8 @@ class Run:
 
     def build_loaders(self, train_set, val_set):
         o = self.options
+        if isinstance(self.model, TecNets) and o["batch"] < 2:
+            raise UserError("the embedding loss compares tasks: --batch at least 2")
         frames = dict(Q=o["query"], M=o["samples"], demo_frames=self.model.settings.demo_frames,
                       query_frames=isinstance(self.model, TecNets))
         self.loader = TaskLoader(
@@ -384,9 +393,8 @@ class Run:
             norm = torch.nn.utils.get_total_norm(gradients)
             if not torch.isfinite(losses["loss"] + norm):
                 raise UserError(
-                    f"step {self.step + 1}: the loss or its gradient is not finite; "
-                    f"{self.folder}/last.pt holds what was saved before: start another --name with "
-                    "a lower --lr")
+                    f"step {self.step + 1}: the loss or its gradient is not finite: check the "
+                    "data, or start another --name with a lower --lr")
             self.optimiser.step()
             self.optimiser.zero_grad()
             self.scheduler.step()
