@@ -290,7 +290,6 @@ class MIL(Baseline):
             return torch.stack([self.embed(task) for task in frames])
         c, weights, create_graph = self.settings, self._adapted(), torch.is_grad_enabled()
         with torch.inference_mode(False), torch.enable_grad(), self.autocast():
-            frames = frames.clone()  # what inference_mode made has no gradients
             # Before the step; it may lead out of [0, 1].
             weights["image_transform"] = weights["image_transform"].clamp(0, 1)
             output = torch.func.functional_call(self.net, weights, frames.flatten(0, 1))

@@ -197,7 +197,7 @@ class TaskSet:
         available = manifest.pop("tasks").get(split, 0)
         if tasks is None:
             tasks = available
-        self.indices = list(range(tasks)) if isinstance(tasks, int) else list(tasks)
+        self.indices = [*range(tasks)] if hasattr(tasks, "__index__") else list(tasks)
         if not self.indices or max(self.indices) >= available:
             raise UserError(f"{folder} has {available} {split} tasks, not {tasks}: ask for fewer, "
                             f"or add more with data.py --out {folder} --{split}")
@@ -225,11 +225,13 @@ class TaskSet:
 
     def row(self, tasks, demos, times):
         """The rows of `states` and `actions` at indices that are broadcast against each other."""
+        if np.any((times < 0) | (times >= self.lengths[tasks, demos])):
+            raise IndexError(f"times {times} are not all within the demonstrations")
         return self._first_rows[tasks, demos] + times
 
     def frame(self, task, demo, time):
         """The frame (H, W, 3) uint8 at one time of one demonstration."""
-        at = self._first_rows[task, demo] - self._first_rows[task, 0] + time
+        at = self.row(task, demo, time) - self._first_rows[task, 0]
         start, stop = self._offsets[task][at:at + 2].tolist()
         path = self._paths[task].with_suffix(".frames")
         with open(path, "rb", buffering=0) as file:

@@ -274,7 +274,7 @@ class TecNets(Policy):
         self.embedding_net = EmbeddingNet(settings)
         self.control_net = ControlNet(settings)
 
-    def embed(self, frames, chunk=256):
+    def embed(self, frames, chunk=None):
         """The sentence of support demos: frames (..., K, n, H, W, 3) uint8 -> (..., E)."""
         return sentence(self.embeddings(frames, chunk), self.settings.support_mean)
 
@@ -385,7 +385,7 @@ def first_convolution(layer, images, s=None):
     autocast = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
     planes = (images.flatten(0, -4).to(dtype) - 127.5).movedim(-1, 1)  # (N, C, H, W), channels last
-    kernel = weight[:, :planes.shape[1]] / 127.5
+    kernel = (weight if s is None else weight[:, :3]) / 127.5
     x = F.conv2d(planes, kernel, layer.bias, stride=2, padding=KERNEL // 2)  # (N, filters, h, w)
     if s is None:
         return x
