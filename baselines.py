@@ -27,18 +27,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tecnets import CONVOLUTIONS, KERNEL, Policy, n_features, processes
+from tecnets import CONVOLUTIONS, KERNEL, Policy, Sizes, n_features, processes
 
 CONVOLUTION = dict(stride=2, padding=KERNEL // 2)
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Sizes):
     """Sizes of MIL's public code, which all baselines share."""
-    image_height: int = 125
-    image_width: int = 125
-    state_dim: int = 20
-    action_dim: int = 7
     demo_frames: int = 2  # evenly spaced frames of a demonstration
     filters: int = 16  # in each of 4 convolutions, 5 x 5, stride 2
     units: int = 200  # in each of 2 fully connected layers

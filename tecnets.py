@@ -37,12 +37,17 @@ CHOICES = {
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Sizes of the official code, and the losses of the recipe that made the results."""
+class Sizes:
+    """What the data tell; here those of the benchmark."""
     image_height: int = 125
     image_width: int = 125
     state_dim: int = 20
     action_dim: int = 7
+
+
+@dataclass(frozen=True)
+class Settings(Sizes):
+    """Sizes of the official code, and the losses of the recipe that made the results."""
     demo_frames: int = 2  # evenly spaced frames of a demonstration; 2 are the first and the last
     embedding_dim: int = 20
     filters: int = 16  # in each of 4 convolutions, 5 x 5, stride 2

@@ -131,6 +131,15 @@ def test_losses_and_gradients_against_loops(options):
         assert_close(backward(model, batch, chunk), expected, rtol=1e-8, atol=1e-10)
 
 
+def test_a_frozen_embedding_net():
+    model, batch = small_model(), batch_of()
+    parameters = [*model.control_net.parameters()]
+    expected = torch.autograd.grad(model.losses(batch)["loss"], parameters)
+    model.embedding_net.requires_grad_(False)
+    model.backward(batch, chunk=4)
+    assert_close([p.grad for p in parameters], [*expected])
+
+
 def test_any_units():
     """Losses and gradients are those of plain numbers, predictions are in the robot's units."""
     results, batch = [], batch_of()
@@ -504,6 +513,8 @@ def test_bodies_of_ones_own(env, tmp_path):
         mesh.write_text(text)
         with pytest.raises(ValueError, match=message):
             reset(mesh_id=mesh)
+    with pytest.raises(ValueError, match="between them"):
+        reset(size=0.6)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -66,7 +66,7 @@ MADE_DATA = {  # when absent
     "data/quick": {"tasks": {"train": 176, "val": 16}, "demos": 12, "seed": 0},
     "data/smoke": {"tasks": {"train": 16, "val": 4}, "demos": 6, "seed": 0},
 }
-SIZES = "image_height", "image_width", "state_dim", "action_dim"  # settings that the data tell
+SIZES = [field.name for field in fields(tecnets.Sizes)]  # settings that the data tell
 CHANGEABLE = "device", "data", "loader_threads"  # options that a resumed run may change
 HELP = {  # of settings
     "demo_frames": "evenly spaced frames of a demonstration that are read",
