@@ -124,7 +124,10 @@ def make_files(make, jobs, workers, shard=(0, 1), unit="files"):
     missing in the end. The same call goes on after a kill.
     """
     missing = [job for job in jobs[shard[0]::shard[1]] if not job[0].exists()]
-    start = time.monotonic()
+    for path, *_ in missing:
+        for stale in path.parent.glob(f"{path.stem}.*.unfinished"):  # left by a kill
+            stale.unlink()
+    start, others = time.monotonic(), multiprocessing.active_children()
     spawn = multiprocessing.get_context("spawn")
     pool = concurrent.futures.ProcessPoolExecutor(workers, spawn, _start_worker)
     try:
@@ -137,8 +140,9 @@ def make_files(make, jobs, workers, shard=(0, 1), unit="files"):
                      f"{pace * left / 60:.1f} min left", end=not left)
     except BaseException as error:
         pool.shutdown(wait=False, cancel_futures=True)
-        for worker in multiprocessing.active_children():
-            worker.kill()
+        for child in multiprocessing.active_children():
+            if child not in others:
+                child.kill()
         if isinstance(error, concurrent.futures.process.BrokenProcessPool):
             raise UserError("a worker process was killed, perhaps for lack of memory: "
                             "try fewer --workers; the same command goes on")

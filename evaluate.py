@@ -246,7 +246,7 @@ def parse():
         help="try the I-th of N shards of the tasks, I from 0; the last one to finish writes the "
         "results; by default the rank under torchrun or srun, else all")
     add("--gif", type=int, default=0, metavar="N", help="film trials of the first N tasks")
-    add("--film-failures", action="store_true", help="film every failing trial, a large GIF each")
+    add("--film-failures", action="store_true", help="film every failing trial, a GIF each")
     return parser.parse_args()
 
 

@@ -1,8 +1,7 @@
 """The programs as a user runs them: data, training, evaluation, kills, own data. Takes minutes.
 
-KILLS=100 python -m pytest test_programs.py -k kill, for more of the random tests.
+KILLS=100 python -m pytest test_programs.py -k "kill or interrupted", for more random moments.
 """
-import contextlib
 import fcntl
 import io
 import json
@@ -137,16 +136,18 @@ def wait_for(condition, process):
 
 
 def kill_often(marks, *words, numbers=KILLS * [signal.SIGKILL], **settings):
-    """Stop a program at random moments, soon after `marks()` has changed; in the end it may end.
+    """Stop a program by signals, soon after `marks()` has changed; yields after each.
 
-    Yields after each of the signals.
+    In the end, or when its work is done, the program may end.
     """
     rng = np.random.default_rng(0)
     for number in numbers:
         before = marks()
         with started(*words, stderr=subprocess.DEVNULL, **settings) as process:
-            wait_for(lambda: marks() != before, process)
+            wait_for(lambda: marks() != before or process.poll() is not None, process)
             time.sleep(rng.uniform(0, 0.2))
+            if process.poll() is not None:
+                break
             process.send_signal(number)
             assert process.wait(20) in (-signal.SIGKILL, 128 + number)
         yield
@@ -223,7 +224,7 @@ def test_workers_end_with_their_parent(number, tmp_path):
         send(process.pid, number)
         before, complaint = made(), process.communicate(timeout=10)[1]
         assert process.returncode in (-signal.SIGKILL, 128 + number)
-        time.sleep(0.5)
+        time.sleep(1)
         assert ended() and made() == before and "Traceback" not in complaint
 
 
@@ -248,7 +249,7 @@ def test_data_after_kills_by_shards_and_extended(pushes, tmp_path):
     for _ in kill_often(marks, HERE / "data.py", "--out", tmp_path, *words):
         assert finished.items() < marks().items()
         finished = marks()
-    assert len(marks()) == 3
+    assert finished and len(marks()) == 3
     assert data.generate(*job, shard=(0, 2)) == 2
     assert data.generate(*job, shard=(1, 2)) == 0
     data.generate(tmp_path, {"train": 1, "val": 1}, 3, 3)  # fewer than there are
@@ -367,7 +368,7 @@ def test_interrupted_training_equals_uninterrupted(saving, own, trained, tmp_pat
     numbers = [signal.SIGTERM, signal.SIGINT] + KILLS * [signal.SIGKILL]
     for _ in kill_often(lambda: written(folder, "last.pt"), *words, numbers=numbers, cwd=tmp_path):
         steps.append(load(folder / "last.pt")["step"])
-    assert steps == sorted(set(steps)) and steps[-1] < 60
+    assert steps == sorted(set(steps)) and 0 < steps[1] < 60
     assert_same_run(folder, trained)
     finished = contents(folder)
     monkeypatch.chdir(tmp_path)
@@ -393,10 +394,11 @@ def test_going_on_otherwise(own, pushes, tmp_path, monkeypatch, capsys):
     begin(own, "a", until=2)
     data.write_data_set("new", own_tasks((6, 2)), sim.MIRROR, recolour=True, pairs=True)
     shutil.copytree(pushes, "pushes")
-    for words, message in ((["--lr", 1], "another --lr"), (["--data", "pushes"], "not the data"),
-                           (["--data", "new"], "not the data"), ([], "holds a run")):
+    for words, message in (([], "holds a run"), (["--resume", "--lr", 1], "another --lr"),
+                           (["--resume", "--data", "pushes"], "not the data"),
+                           (["--resume", "--data", "new"], "not the data")):
         with pytest.raises(common.UserError, match=message):
-            begin(own, "a", *words, *["--resume"][:len(words)])
+            begin(own, "a", *words)
     begin(own, "a", "--resume", until=2)
     assert "other numbers" not in capsys.readouterr().out
     torch.set_num_threads(2)
@@ -580,7 +582,7 @@ def test_killed_evaluation_equals_uninterrupted(pushes, tmp_path):
         assert finished.items() < marks().items()
         finished = marks()
     run(*words, tmp_path / "whole", "--workers", 2)
-    assert finished.items() < marks().items()
+    assert finished and finished.items() <= marks().items()
     rows = trials(tmp_path / "whole")
     assert trials(tmp_path / "cut") == rows
     assert [row["shots"] for row in rows] == [1, 1, 2, 2]

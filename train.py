@@ -460,15 +460,19 @@ def choose(folder, options, given):
 def start(folder, options, given):
     """The new or resumed run of a folder."""
     options, checkpoint = choose(folder, options, given)
+    other_data = UserError(f"{options['data']} is not the data set that {folder} was begun with: "
+                           "bring that one back, or say with --data where it is")
+    if checkpoint and (Path(options["data"]) / "manifest.json").exists():
+        manifest = read_manifest(options["data"])
+        if manifest | checkpoint["data"] != manifest:
+            raise other_data
     join(options["device"])
     train_set, val_set = open_data(options)
     options |= {"tasks": train_set.n_tasks, "val_tasks": val_set.n_tasks}
     run = Run(folder, options, train_set, val_set)
     if checkpoint:
-        mean, old_mean = run.model.state_mean.cpu(), checkpoint["model"]["state_mean"]
-        if checkpoint["data"] != run.manifest or not torch.allclose(mean, old_mean):
-            raise UserError(f"{options['data']} is not the data set that {folder} was begun with: "
-                            "bring that one back, or say with --data where it is")
+        if not torch.allclose(run.model.state_mean.cpu(), checkpoint["model"]["state_mean"]):
+            raise other_data
         run.load(checkpoint)
     elif options["init"]:
         fine_tune(run.model, options["init"])
@@ -497,9 +501,11 @@ def main():
             print(f"{folder}: step {run.step} of {run.steps}, {run.options['tasks']} training "
                   "tasks; a policy of constant actions has a control loss of "
                   f"{run.log[0]['action_variance']:.4g}", flush=True)
-        for name in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(name, lambda number, _: signals.append(number))
+        before = {name: signal.signal(name, lambda number, _: signals.append(number))
+                  for name in (signal.SIGINT, signal.SIGTERM)}
         run.train(stop=lambda: bool(signals))
+        for name in before:
+            signal.signal(name, before[name])
     if is_first:
         print(f"stopped at step {run.step} of {run.steps}: go on with --resume"
               if run.step < run.steps else f"{folder}/last.pt: {run.seconds / 60:.1f} min")
