@@ -57,13 +57,13 @@ PRESETS = {
     "paper": dict(batch=64, support=5, random_support=0, query=5, samples=1, time_exponent=1.0,
                   mirror=0, recolour=0, hue_jitter=0.0, pairs=0, lr=5e-4, schedule="constant",
                   steps=400_000, lambda_U=0.1, lambda_q=0.1, hinge_mean="all", bfloat16=0),
-    "quick": dict(data="data/quick", steps=4000, lr=2e-3),
+    "quick": dict(data="data/quick", support=3, steps=5500, lr=2e-3),
     "smoke": dict(data="data/smoke", batch=8, support=2, query=2, steps=200, validate_every=50,
                   validation_batches=2),
 }
 MADE_DATA = {  # when absent
     "data/push": FULL_DATA,
-    "data/quick": {"tasks": {"train": 176, "val": 16}, "demos": 12, "seed": 0},
+    "data/quick": {"tasks": {"train": 320, "val": 16}, "demos": 4, "seed": 0},
     "data/smoke": {"tasks": {"train": 16, "val": 4}, "demos": 6, "seed": 0},
 }
 SIZES = [field.name for field in fields(tecnets.Sizes)]  # settings that the data tell
