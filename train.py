@@ -496,6 +496,8 @@ def main():
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{folder} is being trained by another process: choose another --name")
+        for stale in folder.glob("*.unfinished") if is_first else ():  # left by a kill
+            stale.unlink()
         run = start(folder, options, given)
         if is_first:
             print(f"{folder}: step {run.step} of {run.steps}, {run.options['tasks']} training "
