@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tecnets import CONVOLUTIONS, KERNEL, Policy, Sizes, n_features, processes
+from tecnets import CONVOLUTIONS, KERNEL, Policy, Sizes, processes
 
 CONVOLUTION = dict(stride=2, padding=KERNEL // 2)
 
@@ -38,11 +38,6 @@ class Settings(Sizes):
     demo_frames: int = 2  # evenly spaced frames of a demonstration
     filters: int = 16  # in each of 4 convolutions, 5 x 5, stride 2
     units: int = 200  # in each of 2 fully connected layers
-    features: str = "points"  # of the last convolution's maps; or "flat", as in TecNets
-
-    def __post_init__(self):
-        if self.features not in ("points", "flat"):
-            raise ValueError(f"features is points or flat, not {self.features!r}")
 
 
 @dataclass(frozen=True)
@@ -89,16 +84,14 @@ class FeaturePoints(nn.Module):
 
 
 def vision(planes, settings):
-    """The layers from images (N, planes, H, W) in [0, 1] to features (N, F), and F."""
+    """The layers from images (N, planes, H, W) in [0, 1] to feature points (N, F), and F."""
     layers = []
     for _ in range(CONVOLUTIONS):
         layers += [nn.Conv2d(planes, settings.filters, KERNEL, **CONVOLUTION),
                    LayerNorm(settings.filters),
                    nn.ReLU()]
         planes = settings.filters
-    if settings.features == "points":
-        return nn.Sequential(*layers, FeaturePoints()), 2 * settings.filters
-    return nn.Sequential(*layers, nn.Flatten()), n_features(settings)
+    return nn.Sequential(*layers, FeaturePoints()), 2 * settings.filters
 
 
 def fully_connected(inputs, settings):

@@ -82,7 +82,6 @@ HELP = {  # of settings
     "negatives": "other tasks' sentences (paper) or queries (official code)",
     "hinge_mean": "pairs of tasks over which the hinge is averaged: all (official code), or those "
                   "that violate the margin (ours)",
-    "features": "of the last convolution's maps: feature points (MIL), or flat (TecNets)",
     "lstm_units": "of the LSTM",
     "bias_transform": "learned inputs of the first fully connected layer",
     "inner_lr": "rate of the gradient step on a demonstration",

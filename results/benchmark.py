@@ -1,15 +1,10 @@
-"""Measure what the stages of the job cost.
+"""Measure what the parts of the job cost, in seconds.
 
-    python results/benchmark.py --json results/benchmark.json
+    python results/benchmark.py    # writes benchmark.json beside it
 
-Stages are seconds and evaluation, both by default. Figures are medians in seconds, and trials of
-evaluation a second. Needs data/push. Nothing else should be running.
+Needs data/push. Nothing else should be running.
 """
-import argparse
-import json
-import subprocess
 import sys
-import tempfile
 import timeit
 from pathlib import Path
 from unittest import mock
@@ -22,19 +17,12 @@ sys.path.insert(0, str(HERE.parent))
 import baselines
 import sim
 import tecnets
-import train
-from common import HelpFormatter, cores, run_program, write_json
+from common import write_json
 from data import TaskLoader, TaskSet
-from evaluate import policy_of
 from tecnets import TecNets
+from train import keep_freed_memory
 
 B = 64  # tasks of a step
-
-
-def medians(sides):
-    """The median seconds of each side."""
-    return {name: np.median(timeit.repeat(side, repeat=20, number=1))
-            for name, side in sides.items()}
 
 
 def random_batch(tasks, samples=2, frames=2):
@@ -53,52 +41,29 @@ def plain_step(model, batch):
         model.losses(batch)["loss"].backward()
 
 
-# Stages ---------------------------------------------------------------------------------------
-
-def seconds():
+def main():
+    keep_freed_memory()
     model, bfloat16, mil = TecNets(), TecNets(), baselines.MIL()
     bfloat16.use_bfloat16 = True
-    batch, mil_batch = random_batch(B), random_batch(15, 10, 10)
+    batch, mil_batch, one = random_batch(B), random_batch(15, 10, 10), random_batch(1)
+    image, state, sentence = one["images"][0, 0, 0], one["states"][0, 0, 0], torch.ones(20)
     loader = TaskLoader(TaskSet("data/push", "train", B), B, K=1, M=2)
     blind, env = sim.PushEnv(render_mode=None), sim.PushEnv()
-    options = {"task": sim.make_task("train", 0)}
-    blind.reset(seed=0, options=options)
-    env.reset(seed=0, options=options)
-    action = np.zeros(sim.ACTION_DIM)
-    one = random_batch(1)
-    image, state, sentence = one["images"][0, 0, 0], one["states"][0, 0, 0], torch.ones(20)
-    return medians({
-        "action": lambda: model.act(image, state, sentence),
+    blind.reset(seed=0, options={"task": sim.make_task("train", 0)})
+    env.reset(seed=0, options={"task": sim.make_task("train", 0)})
+    still = np.zeros(sim.ACTION_DIM)
+    sides = {
         "step, float32": lambda: model.backward(batch),
         "step, float32, plain": lambda: plain_step(model, batch),
         "step, bfloat16": lambda: bfloat16.backward(batch),
         "MIL step, 15 tasks, 10 + 10 frames": lambda: mil.backward(mil_batch),
+        "action": lambda: model.act(image, state, sentence),
         "preparing a batch": lambda: loader.batch(0),
-        "simulator step": lambda: blind.step(action),
-        "simulator step, rendered": lambda: env.step(action)})
-
-
-def evaluation():
-    with tempfile.TemporaryDirectory() as out:
-        command = [sys.executable, "evaluate.py", "--shots", "1", "--out", out]
-        took = timeit.timeit(lambda: subprocess.run(command, check=True), number=1)
-    return {f"evaluation, cores: {cores()}": 444 / took}
-
-
-STAGES = {stage.__name__: stage for stage in (seconds, evaluation)}
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("stages", nargs="*")
-    parser.add_argument("--json", required=True)
-    args = parser.parse_args()
-    train.keep_freed_memory()
-    report = json.load(open(args.json))
-    for name in args.stages or STAGES:
-        report.setdefault(name, {}).update(STAGES[name]())
-        write_json(args.json, report)
+        "simulator step": lambda: blind.step(still),
+        "simulator step, rendered": lambda: env.step(still)}
+    write_json(HERE / "benchmark.json", {name: np.median(timeit.repeat(side, repeat=20, number=1))
+                                         for name, side in sides.items()})
 
 
 if __name__ == "__main__":
-    run_program(main)
+    main()

@@ -253,14 +253,10 @@ def map_caption():
 
 
 def costs(report):
-    """The seconds and trials a second that benchmark.py measured."""
+    """The seconds that benchmark.py measured."""
     rows = [("", "cost")]
-    for stage, values in report.items():
-        for name, value in values.items():
-            text = f"{1000 * value:.1f} ms" if value < 0.1 else f"{value:.2f} s"
-            if stage == "evaluation":
-                text = f"{value:.1f} trials a second"
-            rows.append((name, text))
+    for name, value in report.items():
+        rows.append((name, f"{1000 * value:.1f} ms" if value < 0.1 else f"{value:.2f} s"))
     return grid(*rows)
 
 
