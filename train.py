@@ -15,7 +15,6 @@ the same numbers up to the order of summation. srun and mpirun do as well, with 
 MASTER_PORT set.
 """
 import argparse
-import contextlib
 import ctypes
 import datetime
 import fcntl

@@ -159,21 +159,22 @@ def evaluations(policy):
 
 def results():
     rows = [("policy", "published, 1 / 5 shots", "here, 1 shot", "here, 5 shots",
-             "trials per figure", "training, core-hours")]
+             "redrawn, 1 / 5 shots", "training, core-hours")]
     for policy in ("random", *METHODS, "no-demo", "expert"):
         reports = evaluations(policy)
         runs = [report["results"] for report in reports]
         cells = [over_seeds(of_a_shot) for of_a_shot in zip(*runs)]
-        trials, hours = runs[0][0]["n_trials"], ""
-        if len(runs) > 1:
-            trials = f"{len(runs)} seeds x {trials}"
+        redrawn = hours = ""
         if policy in METHODS:
+            if (METHODS[policy] / "redrawn").exists():
+                found = load(METHODS[policy] / "redrawn")["results"]
+                redrawn = " / ".join(f"{100 * result['success_rate']:.1f}" for result in found)
             spent = [trained(policy, report["network"])[1] for report in reports]
             hours = f"{statistics.mean(spent):.1f}"
         if policy == "tecnets":
             cells = [f"**{cell}**" for cell in cells]
         here = (*cells, "")[:2]
-        rows.append((NAMES[policy], PUBLISHED.get(policy, ""), *here, trials, hours))
+        rows.append((NAMES[policy], PUBLISHED.get(policy, ""), *here, redrawn, hours))
     return grid(*rows)
 
 
