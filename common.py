@@ -116,7 +116,7 @@ def claim(path, settings, free=()):
         write_json(path, settings)
 
 
-def make_files(make, jobs, workers, shard=(0, 1), unit="files"):
+def make_files(make, jobs, workers, shard=(0, 1)):
     """Make the files that are missing: call `make(path, *arguments)` in parallel for each job.
 
     A job is a tuple (path, *arguments); `make`, a module's own function, writes the file whole. The
@@ -136,7 +136,7 @@ def make_files(make, jobs, workers, shard=(0, 1), unit="files"):
             future.result()
             pace = (time.monotonic() - start) / done
             left = len(missing) - done
-            progress(f"{done}/{len(missing)} {unit}, {60 / pace:.1f} a minute, "
+            progress(f"{done}/{len(missing)} tasks, {60 / pace:.1f} a minute, "
                      f"{pace * left / 60:.1f} min left", end=not left)
     except BaseException as error:
         pool.shutdown(wait=False, cancel_futures=True)

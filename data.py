@@ -53,7 +53,7 @@ def generate(folder, tasks, demos, seed, workers=None, shard=(0, 1)):
     claim_data(folder, manifest, tasks)
     jobs = [(task_path(folder, split, index), split, index, demos, seed)
             for split in tasks for index in range(tasks[split])]
-    return make_files(_record_task, jobs, workers or cores(), shard, "tasks")
+    return make_files(_record_task, jobs, workers or cores(), shard)
 
 
 def _record_task(path, split, index, demos, seed):

@@ -301,7 +301,7 @@ def main():
             path = args.out / "trials" / f"task{index:02d}-shots{k}.json"
             filmed = index in tasks[:args.gif]
             jobs.append((path, evaluation, index, k, weights, data_folder, filmed))
-    if missing := make_files(try_task, jobs, args.workers, args.shard, "tasks"):
+    if missing := make_files(try_task, jobs, args.workers, args.shard):
         return print(f"{args.out}: {missing} of {len(jobs)} files still to come from other shards")
     results = []
     for k in shots:

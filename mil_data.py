@@ -46,7 +46,7 @@ def import_mil(train_folder, test_folder, folder, val, workers):
     claim_data(Path(folder), manifest, {split: len(paths[split]) for split in paths})
     jobs = [(task_path(folder, split, index), path)
             for split in paths for index, path in enumerate(paths[split])]
-    make_files(_import_task, jobs, workers, unit="tasks")
+    make_files(_import_task, jobs, workers)
 
 
 def _import_task(path, source):
