@@ -11,6 +11,7 @@ baseline's run; `first` in it the run from whose weights it went on. ablations/N
 evaluation and the run's log. curve/step-N holds validation trials of the weights at that step. A
 table stands between `<!-- NAME -->` and `<!-- end -->`.
 """
+import functools
 import json
 import math
 import re
@@ -18,10 +19,13 @@ import statistics
 import sys
 from pathlib import Path
 
+import numpy as np
+
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from common import chart, learning_curves, write_atomically
 from evaluate import interval, summary
+from sim import make_task
 
 SEEDS = sorted(HERE.glob("seed*"))
 FOUND = sorted(path.parent.name for path in HERE.glob("methods/*/test"))
@@ -30,13 +34,15 @@ METHODS["tecnets"] = HERE / "seed2"  # whose weights are shipped
 
 NAMES = {name: name for name in METHODS} | {
     "random": "random actions", "lstm": "LSTM", "mil": "MIL, video only", "tecnets": "TecNets",
-    "no-demo": "TecNets with a zero sentence (`no-demo`)", "expert": "scripted expert"}
+    "no-demo": "TecNets, `no-demo`", "expert": "scripted expert"}
 PUBLISHED = {"random": "0.45", "lstm": "34.23 / 31.98", "contextual": "56.98 / 59.01",
              "mil": "66.44 / 70.50", "tecnets": "77.25 / 80.86 (unverified)"}
 COLOURS = {"lstm": "#7f8c8d", "contextual": "#2e86c1", "mil": "#d68910", "tecnets": "#c0392b"}
 CORES = {"lstm": 1, "lstm, continued": 2, "contextual": 1, "mil": 2, "tecnets": 2}  # of older runs
 FIGURES = ("success [95 % interval]", "final distance < 0.05 m", "distractor moved > 0.03 m",
            "both of a pair")
+
+LOOK_ALIKE = 0.3  # most by which two colours differ, in [0, 1]
 
 # Training options in results files of older programs.
 RENAMED = {"early": "time_exponent", "hue": "hue_jitter", "keep": "snapshots"}
@@ -131,6 +137,21 @@ def both(result):
     return f"{twice // 2}/{result['n_trials'] // 2}"
 
 
+@functools.cache
+def look_alike(index):
+    """Whether the objects of a test task have one pattern and nearly the same colours."""
+    task = make_task("test", index)
+    looks = [body.appearance for body in (task.target, task.distractor)]
+    differences = np.ptp([look.colours for look in looks], axis=0)
+    return looks[0].pattern == looks[1].pattern and differences.max() < LOOK_ALIKE
+
+
+def look_alikes(result):
+    """The result of the trials of look-alike pairs."""
+    rows = [row for row in result["trials"] if look_alike(row["task"])]
+    return summary(result["policy"], result["split"], result["shots"], result["seed"], rows, 0)
+
+
 def figures(result):
     """The cells under FIGURES."""
     return (percent(result), f"{100 * result['strict_success_rate']:.1f}",
@@ -148,34 +169,62 @@ def difference(result, other):
 
 # Tables ---------------------------------------------------------------------------------------
 
-def evaluations(policy):
+def evaluations(policy, kind="test"):
     """The reports of a policy on test trials, of several seeds where there are."""
-    if policy == "tecnets":
-        return [load(seed / "test") for seed in SEEDS]
-    if policy == "no-demo":
-        return [load(seed / "no-demo") for seed in SEEDS]
-    return [load(METHODS[policy] / "test" if policy in METHODS else HERE / policy)]
+    if policy in ("tecnets", "no-demo"):
+        folders = [seed / (policy if policy == "no-demo" else kind) for seed in SEEDS]
+    else:
+        folders = [METHODS[policy] / kind if policy in METHODS else HERE / policy]
+    return [load(folder) for folder in folders if folder.exists()]
 
 
 def results():
-    rows = [("policy", "published, 1 / 5 shots", "here, 1 shot", "here, 5 shots",
-             "redrawn, 1 / 5 shots", "training, core-hours")]
+    rows = [("policy", "published, 1 / 5 shots", "one draw, 1 shot", "one draw, 5 shots",
+             "redrawn, 1 shot", "redrawn, 5 shots", "core-hours")]
     for policy in ("random", *METHODS, "no-demo", "expert"):
-        reports = evaluations(policy)
-        runs = [report["results"] for report in reports]
-        cells = [over_seeds(of_a_shot) for of_a_shot in zip(*runs)]
-        redrawn = hours = ""
+        drawn = [[report["results"] for report in evaluations(policy, kind)]
+                 for kind in ("test", "redrawn")[:1 + (policy in METHODS)]]
+        cells = [over_seeds(of_a_shot) for runs in drawn for of_a_shot in zip(*runs)]
+        alike = [over_seeds([*map(look_alikes, of_a_shot)])
+                 for runs in drawn for of_a_shot in zip(*runs)]
+        hours = ""
         if policy in METHODS:
-            if (METHODS[policy] / "redrawn").exists():
-                found = load(METHODS[policy] / "redrawn")["results"]
-                redrawn = " / ".join(f"{100 * result['success_rate']:.1f}" for result in found)
-            spent = [trained(policy, report["network"])[1] for report in reports]
+            spent = [trained(policy, report["network"])[1] for report in evaluations(policy)]
             hours = f"{statistics.mean(spent):.1f}"
         if policy == "tecnets":
             cells = [f"**{cell}**" for cell in cells]
-        here = (*cells, "")[:2]
-        rows.append((NAMES[policy], PUBLISHED.get(policy, ""), *here, redrawn, hours))
+        rows.append((NAMES[policy], PUBLISHED.get(policy, ""), *(*cells, "", "", "")[:4], hours))
+        if policy == "tecnets":
+            rows.append(("TecNets, look-alike pairs only", "", *alike, ""))
     return grid(*rows)
+
+
+def redrawn():
+    """Trials with demonstrations of their own: shots, and pairs that look alike."""
+    rows = [("", "shots", FIGURES[0], "five shots more than one", "look-alike pairs")]
+    for method in METHODS:
+        for report in evaluations(method, "redrawn"):
+            one, five = report["results"]
+            seed = f", seed {report['network']['options']['seed']}" if method == "tecnets" else ""
+            for result, more in ((one, ""), (five, difference(five, one))):
+                rows.append((NAMES[method] + seed, result["shots"], percent(result), more,
+                             percent(look_alikes(result))))
+    return grid(*rows)
+
+
+def reads():
+    """In how many scenes the first action heads for the object of a demonstration, in %."""
+    heads = json.loads((HERE / "reads.json").read_text())
+    methods = [method for method in METHODS if method in heads]
+    rows = [("given", *(NAMES[method] for method in methods))]
+    for kind in heads["lstm"]:
+        rows.append((kind, *(share(heads[method].get(kind)) for method in methods)))
+    return grid(*rows)
+
+
+def share(ones):
+    """The share of the ones in a string of ones and zeros, in %."""
+    return f"{100 * ones.count('1') / len(ones):.1f}" if ones else ""
 
 
 def every_seed():
@@ -289,7 +338,7 @@ def fill(text, tables):
 def filled():
     """{path: its text with all tables filled} of both READMEs."""
     benchmark = json.loads((HERE / "benchmark.json").read_text())
-    own = {"seeds": every_seed(), "methods": methods(),
+    own = {"seeds": every_seed(), "methods": methods(), "redrawn": redrawn(), "reads": reads(),
            "ablations": ablations(), "map": map_caption(), "costs": costs(benchmark)}
     tables = {HERE.parent / "README.md": {"results": results()}, HERE / "README.md": own}
     return {path: fill(path.read_text(), tables[path]) for path in tables}
