@@ -215,16 +215,11 @@ def redrawn():
 def reads():
     """In how many scenes the first action heads for the object of a demonstration, in %."""
     heads = json.loads((HERE / "reads.json").read_text())
-    methods = [method for method in METHODS if method in heads]
-    rows = [("given", *(NAMES[method] for method in methods))]
-    for kind in heads["lstm"]:
-        rows.append((kind, *(share(heads[method].get(kind)) for method in methods)))
+    rows = [("given", *(NAMES[method] for method in heads))]
+    for kind in heads["tecnets"]:
+        ones = [heads[method][kind] for method in heads]
+        rows.append((kind, *(f"{100 * found.count('1') / len(found):.1f}" for found in ones)))
     return grid(*rows)
-
-
-def share(ones):
-    """The share of the ones in a string of ones and zeros, in %."""
-    return f"{100 * ones.count('1') / len(ones):.1f}" if ones else ""
 
 
 def every_seed():

@@ -31,8 +31,6 @@ GIVEN = {  # made of the n frames of the task's own demonstration and of its par
     "its own": lambda own, other: own,
     MIXED: lambda own, other: [*own[:-1], other[-1]],
     "the partner's, the last frame its own": lambda own, other: [*other[:-1], own[-1]],
-    "its own, frames 2 to 5 of 10 the partner's":
-        lambda own, other: [own[0], *other[1:5], *own[5:]] if len(own) == 10 else None,
     "its last frame, repeated": lambda own, other: own[-1:] * len(own),
     "its first frame, repeated": lambda own, other: own[:1] * len(own),
 }
@@ -46,12 +44,10 @@ def scene(index, trial):
 
 
 def given_policy(model, kind, own, other):
-    """The policy after a demonstration of a kind, or None if the model cannot be given it."""
+    """The policy after a demonstration of a kind, made of two."""
     times = evenly_spaced(sim.HORIZON, model.settings.demo_frames)
     frames = GIVEN[kind](*(list(demo["frames"][times]) for demo in (own, other)))
-    if frames is not None:
-        with torch.no_grad():
-            return policy_of(model, context=model.embed(torch.from_numpy(np.stack(frames)[None])))
+    return policy_of(model, [{"frames": frames}])
 
 
 def film(env, model, own, other, path):
@@ -67,7 +63,8 @@ def film(env, model, own, other, path):
 def main():
     torch.set_num_threads(1)
     models = {name: load_model(path.read_bytes(), path)[0] for name, path in WEIGHTS.items()}
-    env, heads = sim.PushEnv(), {name: {} for name in models}
+    env, trials = sim.PushEnv(), (N_TASKS, N_TRIALS)
+    heads = {name: {kind: np.zeros(trials, int) for kind in GIVEN} for name in models}
     for index, trial in itertools.product(range(0, N_TASKS, 2), range(N_TRIALS)):
         demos, starts, actions = [], [], []
         for task in (index, index + 1):
@@ -77,10 +74,8 @@ def main():
         middle = np.mean(actions, 0)
         for own, name, kind in itertools.product((0, 1), models, GIVEN):
             policy = given_policy(models[name], kind, demos[own], demos[1 - own])
-            if policy:
-                found = heads[name].setdefault(kind, np.zeros((N_TASKS, N_TRIALS), int))
-                nearer = (policy(starts[own]) - middle) @ (actions[own] - middle) > 0
-                found[index + own, trial] = nearer
+            nearer = (policy(starts[own]) - middle) @ (actions[own] - middle) > 0
+            heads[name][kind][index + own, trial] = nearer
         if (index, trial) == (FILMED_TASK, 0):
             for name in FILMED_METHODS:
                 film(env, models[name], *demos, HERE / f"reads-{name}.gif")
