@@ -2,11 +2,12 @@
 
     python data.py --out data/push
     python data.py --out data/push --shard 3/8   # on each of 8 machines with a common folder
+    python data.py --out data/looks --looks random    # every demonstration in a look of its own
 
 A task is two files: `SPLIT/INDEX.frames`, its frames, compressed one by one, so that any frame is
 read alone, and `SPLIT/INDEX.npz`, states, actions, lengths of the demonstrations and offsets of the
 frames. `manifest.json` says what the data are. An interrupted run is finished by the same command;
-a larger `--train` adds tasks. The bytes depend on the seed only.
+a larger `--train` adds tasks. The bytes depend on the seed and the looks only.
 """
 import argparse
 import json
@@ -38,10 +39,11 @@ def task_path(folder, split, index):
     return Path(folder) / split / f"{index:05d}.npz"
 
 
-def generate(folder, tasks, demos, seed, workers=None, shard=(0, 1)):
+def generate(folder, tasks, demos, seed, workers=None, shard=(0, 1), looks=None):
     """Record, finish or extend a data set of the simulator; `tasks` maps splits to their numbers.
 
-    Of N shards, (i, N), this makes the i-th. Returns how many tasks of all shards are missing.
+    With looks="random" every demonstration has a look of its own, else the default one. Of N
+    shards, (i, N), this makes the i-th. Returns how many tasks of all shards are missing.
     Raises UserError if the folder holds other data.
     """
     import sim
@@ -49,17 +51,21 @@ def generate(folder, tasks, demos, seed, workers=None, shard=(0, 1)):
     manifest = dict(
         format=FORMAT, benchmark=sim.VERSION, seed=seed, demos=demos, image_height=sim.IMAGE_SIZE,
         image_width=sim.IMAGE_SIZE, state_dim=sim.STATE_DIM, action_dim=sim.ACTION_DIM,
-        mirror=sim.MIRROR, recolour=True, pairs=True)
+        mirror=sim.MIRROR, recolour=not looks, pairs=True, looks=looks)
     claim_data(folder, manifest, tasks)
-    jobs = [(task_path(folder, split, index), split, index, demos, seed)
+    jobs = [(task_path(folder, split, index), split, index, demos, seed, looks)
             for split in tasks for index in range(tasks[split])]
     return make_files(_record_task, jobs, workers or cores(), shard)
 
 
-def _record_task(path, split, index, demos, seed):
+def _record_task(path, split, index, demos, seed, looks):
     import sim
-    env, task = sim.PushEnv(), sim.make_task(split, index)
-    write_task(path, [sim.record_demo(env, task, number, seed) for number in range(demos)])
+    env, task, recorded = sim.PushEnv(), sim.make_task(split, index), []
+    for number in range(demos):
+        key = seed, sim.split_key(split), index, number, sim.ATTEMPTS  # recording's are below it
+        look = sim.random_look(np.random.default_rng(key)) if looks else sim.Look()
+        recorded.append(sim.record_demo(env, task, number, seed, look))
+    write_task(path, recorded)
     env.close()
 
 
@@ -432,12 +438,15 @@ def main():
         add(f"--{split}", type=int, default=number, help=f"tasks of the split {split}")
     add("--demos", type=int, default=FULL_DATA["demos"], help="demonstrations of a task")
     add("--seed", type=int, default=FULL_DATA["seed"], help="seed of all demonstrations")
+    add("--looks", choices=("random",),
+        help="give every demonstration a random look; the default look without it")
     add("--workers", type=int, default=cores(), help="processes")
     add("--shard", type=shard, default=launched()[:2], metavar="I/N",
         help="make the I-th of N shards only, I from 0; the rank by default under torchrun or srun")
     args = parser.parse_args()
     tasks = {split: getattr(args, split) for split in reversed(SPLITS)}
-    missing = generate(args.out, tasks, args.demos, args.seed, args.workers, args.shard)
+    missing = generate(args.out, tasks, args.demos, args.seed, args.workers, args.shard,
+                       args.looks)
     state = f"{missing} of them still to come" if missing else "all there"
     print(f"{args.out}: {sum(tasks.values())} tasks, {state}")
 

@@ -4,6 +4,7 @@
     python evaluate.py --checkpoint runs/ours/last.pt --out runs/ours/test --gif 8
     python evaluate.py --policy expert --out runs/expert
     python evaluate.py --redraw --out runs/redrawn         # other demonstrations for every trial
+    python evaluate.py --look table --out runs/table       # in a look that training never showed
     python evaluate.py --only 52 --film-failures           # what goes wrong in test task 52
     python evaluate.py --out runs/shared --shard 3/8       # on each of 8 machines, common folder
 
@@ -31,6 +32,7 @@ from common import (HelpFormatter, UserError, claim, cores, launched, make_files
 from data import FULL_DATA, TaskSet, evenly_spaced, read_manifest
 from train import METHODS, load_model, machine
 
+LOOKS = {"default": sim.Look(), **sim.HELD_OUT_LOOKS}
 POLICIES = (*METHODS, "no-demo", "expert", "random")
 SHIPPED = Path(__file__).resolve().parent / "results" / "weights.pt"
 FILMED_TRIALS = 3  # of a task, beside each other in one GIF
@@ -133,14 +135,16 @@ def try_task(path, evaluation, index, shots, weights, data_folder, filmed):
         if task_set:
             times = np.arange(task_set.lengths[0, number])
             return {"frames": task_set.frames(0, number, times)}
-        return sim.record_demo(env, task, number, evaluation["demos"][0])
+        look = LOOKS[evaluation["demo_look"]]
+        return sim.record_demo(env, task, number, evaluation["demos"][0], look)
 
     rows, films = [], []
     for trial in range(evaluation["trials"]):
         numbers = choose_demos(evaluation, index, trial, shots)
         demos = [demo(number) for number in numbers]
         policy = make_policy(name, env, demos, weights, [seed, index, trial])
-        options = {"task": task, "swap": index % 2 == 1}  # the same scene with the roles swapped
+        # A task and its partner have the same scene with the roles swapped.
+        options = {"task": task, "swap": index % 2 == 1, "look": LOOKS[evaluation["look"]]}
         film = [] if pictures else None
         info = rollout(env, policy, scene_seed(evaluation, index, trial), options, film)
         row = {"shots": shots, "task": index, "trial": trial, "success": bool(info["success"]),
@@ -229,7 +233,8 @@ def parse():
                                      usage="%(prog)s [options]", formatter_class=HelpFormatter)
     add = parser.add_argument
     add("--checkpoint", default=SHIPPED, help="of a network")
-    add("--data", default="data/push", help="data set with the demonstrations, if it is there")
+    add("--data", default="data/push", help="data set with the demonstrations; they are recorded "
+        "if it is not there, or of other looks")
     add("--split", choices=sim.SPLITS, default="test", help="of the tasks")
     add("--tasks", type=int, default=FULL_DATA["tasks"]["test"], help="the first ones of the split")
     add("--only", type=int, nargs="+", metavar="TASK", help="these tasks in place of --tasks")
@@ -237,6 +242,8 @@ def parse():
     add("--shots", type=int, nargs="+", default=[1, 5], help="demonstrations that a trial is given")
     add("--redraw", action="store_true",
         help="draw other demonstrations for every trial, not once for all trials of a task")
+    add("--look", choices=LOOKS, default="default", help="of demonstrations and trials")
+    add("--demo-look", choices=LOOKS, help="of demonstrations, if another than that of the trials")
     add("--seed", type=int, default=0, help="of the trials and the choice of demonstrations")
     add("--workers", type=int, default=cores(), help="processes")
     add("--policy", choices=POLICIES,
@@ -275,6 +282,7 @@ def main():
         weights, checkpoint = read_network(args.checkpoint, policy)
         policy = policy or checkpoint["options"]["method"]
     tasks = sorted(set(args.only)) if args.only else list(range(args.tasks))
+    demo_look = args.demo_look or args.look
     shots, data_folder, demos = [0], None, [FULL_DATA["seed"], FULL_DATA["demos"]]
     if policy in METHODS:
         shots = sorted(set(args.shots))
@@ -283,7 +291,8 @@ def main():
             demos = [manifest["seed"], manifest["demos"]]
             if manifest["benchmark"] != sim.VERSION:
                 raise UserError(f"{args.data} is not data of this benchmark: give another --data")
-            if max(tasks) < manifest["tasks"].get(args.split, 0):  # else they are recorded
+            usable = demo_look == "default" and not manifest.get("looks")
+            if usable and max(tasks) < manifest["tasks"].get(args.split, 0):  # else recorded
                 data_folder = args.data
         if max(shots) > demos[1]:
             raise UserError(f"{max(shots)} shots need as many demonstrations, a task has "
@@ -292,6 +301,7 @@ def main():
         "benchmark": sim.VERSION, "policy": policy, "split": args.split,
         "tasks": tasks if args.only else args.tasks, "trials": args.trials, "seed": args.seed,
         "redraw": args.redraw, "gif": args.gif, "film_failures": args.film_failures,
+        "look": args.look, "demo_look": demo_look,
         "shots": shots, "demos": demos,
         "checkpoint": weights and hashlib.sha256(weights).hexdigest()}
     claim(args.out / "evaluation.json", evaluation)

@@ -14,10 +14,10 @@ class GymPushEnv(sim.PushEnv, gymnasium.Env):
     """sim.PushEnv, with one of the first `tasks` of a split drawn at every reset.
 
     Observations do not tell which object is the target, only demonstrations do: with one task it
-    is always the same. The options of reset are those of PushEnv (`task`, `side`, `swap`). The
-    reward is 1 while the target is at the goal or, if dense, minus the distance between them.
-    `info` adds the goal, `is_success`, and the poses of target, distractor and fork, each a
-    position (3,) and a quaternion (4,) in one array.
+    is always the same. The options of reset are those of PushEnv. The reward is 1 while the target
+    is at the goal or, if dense, minus the distance between them. `info` adds the goal,
+    `is_success`, and the poses of target, distractor and fork, each a position (3,) and a
+    quaternion (4,) in one array.
     """
     metadata = {"render_modes": ["rgb_array"], "render_fps": sim.CONTROL_HZ}
 

@@ -74,15 +74,13 @@ SUBSTEPS = 12  # of 1/240 s
 # the time step is divided.
 MAX_DAMPING_STEP = 1.9
 
-# The picture. The camera is opposite the robot: 0.73 m from the goal, looking 50 degrees down.
-CAMERA_TARGET, CAMERA_DISTANCE, CAMERA_ELEVATION, CAMERA_FOV = (-0.12, 0, 0), 0.8, -50, 45
-NEAR, FAR = 0.1, 3.0
-LIGHT = (1.0, 0.0, 2.0)  # its direction, in the mirror plane
+# The picture; more of it in Look.
+CAMERA_FOV, NEAR, FAR = 45, 0.1, 3.0
 SUPERSAMPLE = 2  # rendered at twice the size and averaged
-TABLE_EDGE = 2.0  # from the goal, along x and y
+TABLE_EDGE, TABLE_TILES = 2.0, 20  # from the goal, along x and y; of its texture, side by side
 # All but the objects is as green as it is blue: exchange the two, and the scene is valid again.
 TABLE_RGB, GOAL_RGB = (0.68, 0.70, 0.70), (0.85, 0.05, 0.05)
-ARM_RGB = {5: (0.55, 0.62, 0.62), 6: (0.92, 0.92, 0.92)}  # the other links are out of sight
+DRAWN_LINKS = 5, 6  # the other links are out of sight
 LINK_CELL = 0.03  # vertices of these links that fall into one cell of this size become one
 
 
@@ -91,6 +89,7 @@ class _Client(BulletClient):
 
     def __init__(self):
         self._client, self._pid = pybullet.connect(pybullet.DIRECT), os.getpid()
+        self.setPhysicsEngineParameter(enableFileCaching=0)  # it would keep all bytes for ever
 
     def __reduce__(self):  # a copy would share the physics, and end it
         raise TypeError("a running simulation cannot be copied or pickled")
@@ -106,6 +105,21 @@ class Appearance:
     def __post_init__(self):
         if not (0 <= np.min(self.colours) and np.max(self.colours) <= 1):
             raise ValueError(f"colours are in [0, 1], not {self.colours}")
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a scene looks, apart from the goal and the objects; by default as in all benchmark tasks.
+
+    The camera is opposite the robot: 0.73 m from the goal, looking 50 degrees down.
+    """
+    table: Appearance = Appearance("flat", (TABLE_RGB, TABLE_RGB), 0)
+    arm: tuple = (0.55, 0.62, 0.62), (0.92, 0.92, 0.92)  # colours of DRAWN_LINKS
+    light: tuple = (1.0, 0.0, 2.0)  # its direction
+    brightness: float = 1.0  # of this light; that from everywhere stays
+    # x and y of the point on the table that it looks at, distance from it, yaw, elevation (degrees)
+    camera: tuple = (-0.12, 0, 0.8, 90, -50)
+    noise: float = 0.0  # std of a pixel's colours, in grey levels, drawn for every picture
 
 
 @dataclass(frozen=True)
@@ -162,13 +176,34 @@ def make_task(split, index):
     return Task(split, index, bodies[swapped], bodies[1 - swapped])
 
 
+def random_look(rng):
+    """A look to train in (domain randomisation): tables and arms are of hues from yellow to blue.
+
+    Its mirror image is as likely. Without noise, which would make data three times as large.
+    """
+    hsv = (0.15, 0, 0.2), (0.7, 0.6, 1)
+    camera = rng.uniform((-0.14, -0.02, 0.77, 87, -53), (-0.10, 0.02, 0.83, 93, -47))
+    return Look(_random_appearance(rng, *hsv), _random_appearance(rng, *hsv).colours,
+                (1, rng.uniform(-1, 1), 2), rng.uniform(0.7, 1.2), tuple(camera))
+
+
+HELD_OUT_LOOKS = {  # random_look draws nothing like them
+    "table": Look(table=Appearance("checks", ((0.55, 0.15, 0.5), (0.8, 0.5, 0.75)), 0)),
+    "arm": Look(arm=((0.8, 0.35, 0.0), (1.0, 0.5, 0.0))),
+    "light": Look(light=(-1.0, 1.5, 1.0)),
+    "camera": Look(camera=(-0.12, 0.04, 0.8, 97, -43)),
+    "noise": Look(noise=12),
+}
+
+
 def split_key(split):
     """The number of a split in the seeds of its scenes; a name of your own is hashed."""
     return SPLITS.index(split) if split in SPLITS else len(SPLITS) + zlib.crc32(split.encode())
 
 
-def _random_appearance(rng):
-    colours = [colorsys.hsv_to_rgb(*rng.uniform((0, 0.1, 0.25), (1, 1, 1))) for _ in range(2)]
+def _random_appearance(rng, low=(0, 0.1, 0.25), high=(1, 1, 1)):
+    """With colours between two triples of hue, saturation and value."""
+    colours = [colorsys.hsv_to_rgb(*rng.uniform(low, high)) for _ in range(2)]
     pattern = PATTERNS[rng.integers(len(PATTERNS))]
     return Appearance(pattern, tuple(colours), int(rng.integers(2 ** 31)))
 
@@ -294,16 +329,14 @@ def _arm():
         x, y, z = centre.get("xyz").split()
         centre.set("xyz", f"{x} 0 {z}" if number % 2 else f"{x} {y} 0")
         visual = link.find("visual")
-        if number not in ARM_RGB:
+        if number not in DRAWN_LINKS:
             link.remove(visual)
             continue
-        name, mesh, material = f"link_{number}.obj", visual.find("*/mesh"), visual.find("material")
+        name, mesh = f"link_{number}.obj", visual.find("*/mesh")
         _, vertices, faces = _mesh(folder / mesh.get("filename"))
         files[name] = _simplified(vertices, faces)
         boxes[number - 1] = _box(vertices.min(0), vertices.max(0))  # the base has no number
         mesh.set("filename", name)
-        material.set("name", name)
-        ElementTree.SubElement(material, "color", rgba="{} {} {} 1".format(*ARM_RGB[number]))
     root.extend(ElementTree.fromstring(_FORK))
     return {**files, "arm.urdf": ElementTree.tostring(root)}, boxes
 
@@ -332,26 +365,36 @@ def _rotation(quaternion):
 # The picture ----------------------------------------------------------------------------------
 
 @functools.lru_cache(maxsize=4)
-def _background(size):
+def _background(size, look):
     """The empty scene that stands behind the bodies: RGBA (size, size) as uint32."""
     client = _Client()
-    table = client.createVisualShape(client.GEOM_BOX, halfExtents=(TABLE_EDGE, TABLE_EDGE, 0.01),
-                                     rgbaColor=(*TABLE_RGB, 1))
-    client.createMultiBody(0, -1, table, (0, 0, -0.01))
+    shape = client.createVisualShape(client.GEOM_BOX, halfExtents=(TABLE_EDGE, TABLE_EDGE, 0.01),
+                                     rgbaColor=(*look.table.colours[0], 1))
+    table = client.createMultiBody(0, -1, shape, (0, 0, -0.01))
+    if look.table.pattern != "flat":
+        with tempfile.NamedTemporaryFile(suffix=".png") as file:
+            tiles = np.tile(_texture(look.table), (TABLE_TILES, TABLE_TILES, 1))
+            Image.fromarray(tiles).save(file.name)
+            client.changeVisualShape(table, -1, textureUniqueId=client.loadTexture(file.name),
+                                     rgbaColor=(1, 1, 1, 1))
     disc = client.createVisualShape(client.GEOM_CYLINDER, radius=GOAL_RADIUS, length=0.001,
                                     rgbaColor=(*GOAL_RGB, 1))
     client.createMultiBody(0, -1, disc, (0, 0, 0.001))
-    pixels, _ = _camera(client, size, (0, 0, size, size))
+    pixels, _ = _camera(client, size, (0, 0, size, size), look)
     client.disconnect()
     return pixels
 
 
-_VIEW = pybullet.computeViewMatrixFromYawPitchRoll(
-    CAMERA_TARGET, CAMERA_DISTANCE, 90, CAMERA_ELEVATION, 0, 2)
+def _view(look):
+    """The camera's view matrix, 16 numbers as PyBullet takes them."""
+    x, y, *turned = look.camera
+    return pybullet.computeViewMatrixFromYawPitchRoll((x, y, 0), *turned, 0, 2)
+
+
 _SLOPE = math.tan(math.radians(CAMERA_FOV) / 2)  # of the picture's edges
 
 
-def _camera(client, size, window):
+def _camera(client, size, window, look):
     """The part of a picture of (size, size) within a window (left, top, right, bottom), in pixels.
 
     Returns RGBA (h, w) as uint32 and the mask (h, w) of the pixels that show a body.
@@ -362,16 +405,17 @@ def _camera(client, size, window):
     projection = client.computeProjectionMatrix(left, right, -bottom, -top, NEAR, FAR)
     width, height = window[2] - window[0], window[3] - window[1]
     _, _, rgba, _, segmentation = client.getCameraImage(
-        width, height, _VIEW, projection, lightDirection=LIGHT, shadow=0,
+        width, height, _view(look), projection, lightDirection=look.light, shadow=0,
+        lightColor=(look.brightness,) * 3,
         renderer=client.ER_TINY_RENDERER)
     # pybullet-arm64 gives tuples: np.frombuffer(bytes()) is quick for those, too.
     pixels = np.frombuffer(bytes(rgba), np.uint32).reshape(height, width)
     return pixels, np.asarray(segmentation).reshape(height, width) >= 0
 
 
-def _window(points, size):
+def _window(points, size, look):
     """The window (left, top, right, bottom) of a (size, size) picture that shows points (N, 3)."""
-    view = np.reshape(_VIEW, (4, 4))
+    view = np.reshape(_view(look), (4, 4))
     x, y, z = (points @ view[:3, :3] + view[3, :3]).T
     if (z > -NEAR).any():  # beside or behind the camera
         return 0, 0, size, size
@@ -399,7 +443,8 @@ class PushEnv:
         self.client = self._rng = None
 
     def reset(self, *, seed=None, options=None):
-        """Start an episode; `options` holds the `task` and, if wanted, the target's `side` (1, -1).
+        """Start an episode; `options` holds the `task` and, if wanted, the target's `side` (1, -1)
+        and the scene's `look`.
 
         With the option `swap` the distractor is placed first, the target second: the tasks of a
         pair, one of them swapped, start from the same scene for the same seed. Without a seed the
@@ -407,6 +452,7 @@ class PushEnv:
         """
         if seed is not None or self._rng is None:
             self._rng = np.random.default_rng(seed)
+        self._noise, = self._rng.spawn(1)
         self._start_episode(**(options or {}))
         self.steps = self.steps_at_goal = 0
         self._distractor_start = self.distractor_position
@@ -448,15 +494,19 @@ class PushEnv:
 
         The bodies are drawn over the empty scene: the same picture as drawing it all, but faster.
         """
-        size = image_size * SUPERSAMPLE
-        pixels = _background(size).copy()
-        window = [SUPERSAMPLE * edge for edge in _window(self._drawn_points(), image_size)]
+        size, look = image_size * SUPERSAMPLE, self.look
+        pixels = _background(size, look).copy()
+        window = [SUPERSAMPLE * x for x in _window(self._drawn_points(), image_size, look)]
         left, top, right, bottom = window
         if left < right and top < bottom:
-            drawn, body = _camera(self.client, size, window)
+            drawn, body = _camera(self.client, size, window, look)
             np.copyto(pixels[top:bottom, left:right], drawn, where=body)
         picture = Image.frombuffer("RGBX", (size, size), pixels).reduce(SUPERSAMPLE)
-        return np.array(picture.convert("RGB"))
+        picture = np.array(picture.convert("RGB"))
+        if look.noise:
+            noisy = picture + self._noise.normal(0, look.noise, picture.shape)
+            picture = noisy.round().clip(0, 255).astype(np.uint8)
+        return picture
 
     def close(self):
         """End the physics client; the environment can be reset again."""
@@ -474,19 +524,18 @@ class PushEnv:
         """(3,) position of the distractor's centre."""
         return np.array(self.client.getBasePositionAndOrientation(self.distractor)[0])
 
-    def _start_episode(self, task, side=None, swap=False):
+    def _start_episode(self, task, side=None, swap=False, look=Look()):
         """A scene with the objects and the arm; the arguments are the options of reset."""
         if side not in (None, 1, -1):
             raise ValueError(f"side is 1, -1 or None, not {side}")
         self.close()
-        self.task = task
+        self.task, self.look = task, look
         self.client = client = _Client()
         self._vertices = {}  # of an object about its centre, by body
         self._boxes = {}  # around what is drawn, in its own frame, by (body, link)
         client.setGravity(0, 0, -9.81)
-        # File caching would keep every file's bytes for ever. Bullet's own 50 iterations would move
-        # an object by less than 1 mm more.
-        client.setPhysicsEngineParameter(enableFileCaching=0, numSolverIterations=10)
+        # Bullet's own 50 iterations would move an object by less than 1 mm more.
+        client.setPhysicsEngineParameter(numSolverIterations=10)
         unseen = client.createVisualShape(client.GEOM_BOX, halfExtents=(0.01,) * 3,
                                           visualFramePosition=(0, 0, -99))
         plane = client.createCollisionShape(client.GEOM_PLANE)
@@ -557,6 +606,8 @@ class PushEnv:
             # Inertias recomputed from the fork's thin boxes would let the last joint spin freely.
             self.arm = client.loadURDF(f"{folder}/arm.urdf", BASE, useFixedBase=True,
                                        flags=client.URDF_USE_INERTIA_FROM_FILE)
+        for number, colour in zip(DRAWN_LINKS, self.look.arm, strict=True):
+            client.changeVisualShape(self.arm, number - 1, rgbaColor=(*colour, 1))
         for link in boxes:
             self._boxes[self.arm, link] = boxes[link]
         client.setJointMotorControlArray(self.arm, range(7), client.VELOCITY_CONTROL,
@@ -625,15 +676,15 @@ CLEAN_ATTEMPTS = 20  # later ones may end up to SUCCESS_DISTANCE off or move the
 ATTEMPTS = 40
 
 
-def record_demo(env, task, number, seed):
+def record_demo(env, task, number, seed, look=Look()):
     """Record one demonstration of a task; those with even and odd numbers start on different sides.
 
     The expert's action plus noise is executed, the clean action is recorded. An attempt that fails,
     moves the distractor or leaves the target off the disc is redrawn, up to ATTEMPTS times.
     `env` must have images. Returns a dict of `frames` (100, H, W, 3) uint8, `states` (100, 20) and
-    `actions` (100, 7) float32; it depends on (task, number, seed) only.
+    `actions` (100, 7) float32; it depends on (task, number, seed, look) only.
     """
-    options = {"task": task, "side": 1 if number % 2 else -1}
+    options = {"task": task, "side": 1 if number % 2 else -1, "look": look}
     for attempt in range(ATTEMPTS):
         rng = np.random.default_rng([seed, split_key(task.split), task.index, number, attempt])
         obs, info = env.reset(seed=int(rng.integers(2 ** 31)), options=options)

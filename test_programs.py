@@ -259,6 +259,19 @@ def test_data_after_kills_by_shards_and_extended(pushes, tmp_path):
         data.generate(tmp_path, COUNTS, 4, 3)
 
 
+def test_data_of_many_looks(pushes, tmp_path):
+    """The states and actions are those of one look."""
+    data.generate(tmp_path, {"train": 1}, 3, 3, looks="random")
+    many, one = data.TaskSet(tmp_path, "train"), data.TaskSet(pushes, "train", 1)
+    assert (many.states == one.states).all() and (many.actions == one.actions).all()
+    assert many.manifest["mirror"] and not many.manifest["recolour"]
+    assert len(np.unique(many.ends[0, :, 0, -1, 0], axis=0)) == 3  # colours of a corner
+    data.generate(tmp_path / "again", {"train": 1}, 3, 3, looks="random")
+    assert (data.TaskSet(tmp_path / "again", "train").ends == many.ends).all()
+    with pytest.raises(common.UserError, match=r"other settings \(looks\)"):
+        data.generate(tmp_path, {"train": 1}, 3, 3)
+
+
 def test_data_of_an_older_program(tmp_path):
     common.write_json(tmp_path / "manifest.json", {"version": 3})
     with pytest.raises(common.UserError, match="format 3.* anew"):
@@ -554,7 +567,7 @@ def test_missing_data_are_made(pushes, tmp_path, monkeypatch):
 # Evaluation -----------------------------------------------------------------------------------
 
 EVALUATION = dict(policy="tecnets", split="test", trials=1, seed=0, redraw=True,
-                  film_failures=False, demos=[3, 3])
+                  film_failures=False, demos=[3, 3], look="default", demo_look="default")
 
 
 def trials(folder):
@@ -633,6 +646,17 @@ def test_redrawn_demonstrations():
     for one, other in ((published, first), (first, second)):
         assert sum(map(list.__eq__, one, other)) == 0
     assert all(len(set(numbers)) == 5 and max(numbers) < 12 for numbers in first)
+
+
+def test_trials_in_another_look(pushes, tmp_path):
+    """A purple table, in the demonstration only if it is not said to be grey."""
+    words = "--tasks 1 --trials 1 --shots 1 --gif 1 --workers 1 --look table --out".split()
+    call(evaluate, "--data", pushes, *words, tmp_path / "a")
+    call(evaluate, "--data", pushes, *words, tmp_path / "b", "--demo-look", "default")
+    for name, demo in (("a", True), ("b", False)):
+        film = Image.open(tmp_path / name / "task00-shots1.gif").convert("RGB")
+        purple = [red > 1.2 * green for red, green, _ in map(film.getpixel, ((9, 240), (259, 240)))]
+        assert purple == [demo, True]
 
 
 def test_policies_without_demonstrations(tmp_path):

@@ -2,6 +2,7 @@
 
 test_programs.py has the tests of the programs, which take minutes.
 """
+import colorsys
 import dataclasses
 import itertools
 import math
@@ -397,8 +398,8 @@ def test_the_expert_solves_tasks_and_nothing_flies(blind):
         assert evaluate.rollout(blind, policy, index, options)["success"]
 
 
-def expert_episode(env, seed, index, film=None):
-    options = {"task": sim.make_task("train", index), "side": 1}
+def expert_episode(env, seed, index, film=None, **options):
+    options |= {"task": sim.make_task("train", index), "side": 1}
     return evaluate.rollout(env, lambda obs: sim.expert_action(env), seed, options, film)
 
 
@@ -450,16 +451,73 @@ def test_the_picture_is_complete(env, monkeypatch):
     picture = env.render()
     with monkeypatch.context() as patch:
         patch.setattr(sim, "_Client", lambda: env.client)
-        whole = sim._background.__wrapped__(250)  # the empty scene, made where the bodies are
-        env.client = None  # it is closed
+        # The empty scene, made where the bodies are, and closed.
+        whole = sim._background.__wrapped__(250, sim.Look())
+        env.client = None
     whole = whole.view(np.uint8).reshape(125, 2, 125, 2, 4)[..., :3].mean((1, 3))
     assert np.abs(whole - picture).max() <= 0.5
-    monkeypatch.setattr(sim, "ARM_RGB", {**dict.fromkeys(range(1, 5), (1, 0, 0)), **sim.ARM_RGB})
+    monkeypatch.setattr(sim, "DRAWN_LINKS", range(1, 7))
     sim._arm.cache_clear()
-    expert_episode(env, 1, 1, films[1])
+    expert_episode(env, 1, 1, films[1], look=sim.Look(arm=((1, 0, 0),) * 4 + sim.Look().arm))
     sim._arm.cache_clear()
     different = np.not_equal(*films).any(-1)
     assert different.sum() <= 5  # of 781,250: the windows differ, and their rounding
+
+
+def seen(env, look):
+    """A picture of one scene in a look, as floats, and the state."""
+    obs, _ = env.reset(seed=0, options={"task": sim.make_task("train", 0), "look": look})
+    for _ in range(40):
+        obs, *_ = env.step(sim.expert_action(env))
+    return obs["image"].astype(float), obs["state"]
+
+
+def test_looks(env):
+    """Every field changes the picture as it says, and not the physics."""
+    plain, state = seen(env, sim.Look())
+    x, y, *others = sim.Look().camera
+    changed = {
+        "table": sim.Appearance("checks", ((0.2, 0.2, 0.9), (0.1, 0.1, 0.5)), 0),
+        "arm": ((1.0, 0.5, 0.0),) * 2, "light": (0, 2, 1), "brightness": 0.5,
+        "camera": (x, y + 0.04, *others), "noise": 20}
+    for name in changed:
+        changed[name], other = seen(env, sim.Look(**{name: changed[name]}))
+        assert_array_equal(state, other)
+    table = changed["table"][100:, :30] @ (-2, 0, 1)  # blue
+    assert (table > 0).all() and 0.2 < (table > 100).mean() < 0.8
+    rows, _ = (changed["arm"] != plain).any(-1).nonzero()
+    assert 200 < len(rows) and rows.max() < 60
+    assert changed["light"][-1, 0, 0] < plain[-1, 0, 0] - 20  # it falls on the table at a slant
+    ambient = 0.6 * 255 * np.array(sim.TABLE_RGB)  # Bullet's light from everywhere
+    assert_allclose(changed["brightness"][-1, 0], (plain[-1, 0] + ambient) / 2, atol=2)
+    disc, moved = (np.argwhere(picture @ (1, -2, -2) > 50).mean(0)
+                   for picture in (plain, changed["camera"]))
+    pixels = 0.04 * 62.5 / np.tan(np.pi / 8) / 0.73  # at the goal's distance from the camera
+    assert_allclose(disc - moved, [0, pixels], atol=0.5)
+    noise = (changed["noise"] - plain)[100:, :30]
+    assert np.std(noise) == pytest.approx(20, rel=0.05) and abs(noise.mean()) < 0.5
+    places = []
+    for look in (sim.Look(), sim.Look(noise=20)):  # whose scenes go on alike without a seed
+        seen(env, look)
+        env.reset(options={"task": sim.make_task("train", 0)})
+        places.append(env.target_position)
+    assert_array_equal(*places)
+
+
+def test_held_out_looks():
+    """No random look is like them."""
+    rng = np.random.default_rng(0)
+    looks, held_out = [sim.random_look(rng) for _ in range(400)], sim.HELD_OUT_LOOKS
+
+    def hues(colours):
+        return {round(colorsys.rgb_to_hsv(*colour)[0], 2) for colour in colours}
+
+    seen = hues(colour for look in looks for colour in (*look.table.colours, *look.arm))
+    assert not seen & hues(held_out["table"].table.colours + held_out["arm"].arm)
+    cameras, camera = np.array([look.camera for look in looks]), held_out["camera"].camera
+    assert ((camera < cameras.min(0)) | (camera > cameras.max(0))).sum() == 3
+    assert held_out["light"].light[0] < 0 < min(look.light[0] for look in looks)
+    assert held_out["noise"].noise > 0 == max(look.noise for look in looks)
 
 
 def test_a_lost_object_is_reported(blind):

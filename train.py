@@ -237,7 +237,7 @@ def open_data(options):
                   for split in counts for index in range(counts[split]))
     if missing and sizes["seed"] is not None and launched()[0] == 0:
         print(f"{folder}: recording {missing} tasks of {sizes['demos']} demonstrations", flush=True)
-        generate(folder, counts, sizes["demos"], sizes["seed"])
+        generate(folder, counts, sizes["demos"], sizes["seed"], looks=sizes.get("looks"))
     if processes() > 1:
         dist.barrier()  # the others wait for the first
     return [TaskSet(folder, split, counts[split]) for split in counts]
