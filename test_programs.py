@@ -268,7 +268,7 @@ def test_data_of_many_looks(pushes, tmp_path):
     assert len(np.unique(many.ends[0, :, 0, -1, 0], axis=0)) == 3  # colours of a corner
     data.generate(tmp_path / "again", {"train": 1}, 3, 3, looks="random")
     assert (data.TaskSet(tmp_path / "again", "train").ends == many.ends).all()
-    with pytest.raises(common.UserError, match=r"other settings \(looks\)"):
+    with pytest.raises(common.UserError, match=r"settings \(recolour, looks\)"):
         data.generate(tmp_path, {"train": 1}, 3, 3)
 
 
