@@ -10,7 +10,6 @@ a larger `--train` adds tasks. The bytes depend on the seed only.
 """
 import argparse
 import json
-import math
 import os
 import zipfile
 import zlib
@@ -19,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from common import (HelpFormatter, UserError, claim, cores, launched, make_files, run_program,
                     shard, write_atomically, write_json)
@@ -48,8 +46,7 @@ def generate(folder, tasks, demos, seed, workers=None, shard=(0, 1)):
     folder = Path(folder)
     manifest = dict(
         format=FORMAT, benchmark=sim.VERSION, seed=seed, demos=demos, image_height=sim.IMAGE_SIZE,
-        image_width=sim.IMAGE_SIZE, state_dim=sim.STATE_DIM, action_dim=sim.ACTION_DIM,
-        mirror=sim.MIRROR, recolour=True, pairs=True)
+        image_width=sim.IMAGE_SIZE, state_dim=sim.STATE_DIM, action_dim=sim.ACTION_DIM, pairs=True)
     claim_data(folder, manifest, tasks)
     jobs = [(task_path(folder, split, index), split, index, demos, seed)
             for split in tasks for index in range(tasks[split])]
@@ -76,7 +73,7 @@ def claim_data(folder, manifest, tasks):
     claim(folder / "manifest.json", {**manifest, "tasks": counts}, free=("tasks",))
 
 
-def write_data_set(folder, tasks, mirror=None, recolour=False, pairs=False):
+def write_data_set(folder, tasks, pairs=False):
     """Write a data set of your own.
 
     `tasks` maps the splits "train" and "val" (and "test", if wanted) to their tasks, a list or a
@@ -84,10 +81,7 @@ def write_data_set(folder, tasks, mirror=None, recolour=False, pairs=False):
     uint8, `states` (T, S) and `actions` (T, A), each anything that np.asarray takes; T may differ.
     All tasks have equally many demonstrations. Numbers may be in any units; they are stored as
     float32, so large offsets, as those of time stamps, are to be subtracted first.
-    `mirror` is a dict of `states` (S,) and `actions` (A,), factors 1 or -1 that turn them into
-    those of the scene seen in a mirror; without it batches cannot be mirrored. `recolour` says that
-    a picture whose green and blue are exchanged shows a valid scene, too; `pairs` that tasks 2k and
-    2k + 1 have the same objects in exchanged roles.
+    `pairs` says that tasks 2k and 2k + 1 have the same objects in exchanged roles.
     Raises UserError if the folder is not empty, and ValueError, which names split, task,
     demonstration and key, for arrays that do not fit.
     """
@@ -102,7 +96,7 @@ def write_data_set(folder, tasks, mirror=None, recolour=False, pairs=False):
         for index, demos in enumerate(tasks[split]):
             demos = [{name: np.asarray(demo[name]) for name in ("frames", "states", "actions")}
                      for demo in demos]
-            manifest = manifest or _manifest_of(demos, mirror, recolour, pairs)
+            manifest = manifest or _manifest_of(demos, pairs)
             _check_demos(manifest, demos, f"{split} task {index}")
             write_task(task_path(folder, split, index), demos)
             counts[split] += 1
@@ -111,19 +105,14 @@ def write_data_set(folder, tasks, mirror=None, recolour=False, pairs=False):
     write_json(folder / "manifest.json", {**manifest, "tasks": counts})  # last: now it is whole
 
 
-def _manifest_of(demos, mirror, recolour, pairs):
+def _manifest_of(demos, pairs):
     """The manifest of a data set that has these as its first demonstrations."""
     shapes = {name: (*array.shape, 0, 0, 0) for name, array in demos[0].items()}  # checked later
     height, width = shapes["frames"][1:3]
     sizes = {name: shapes[name][1] for name in ("states", "actions")}
-    if mirror:
-        mirror = {name: np.float64(mirror[name]).tolist() for name in sizes}
-        for name, size in sizes.items():
-            if len(mirror[name]) != size or not set(mirror[name]) <= {1, -1}:
-                raise ValueError(f"mirror[{name!r}] has {size} factors, 1 or -1")
     return dict(format=FORMAT, benchmark=None, seed=None, demos=len(demos), image_height=height,
                 image_width=width, state_dim=sizes["states"], action_dim=sizes["actions"],
-                mirror=mirror, recolour=recolour, pairs=pairs)
+                pairs=pairs)
 
 
 def _check_demos(manifest, demos, task):
@@ -280,17 +269,6 @@ class TaskSet:
         return {name: array.astype(np.float32) for name, array in values.items()}
 
 
-def turn_hue(frames, angle):
-    """Frames (..., W, 3) uint8 with colours turned by `angle` radians about the axis of greys."""
-    c, s = math.cos(angle), math.sin(angle) / math.sqrt(3)
-    # Rodrigues' rotation about (1, 1, 1):
-    same, following, last = (1 + 2 * c) / 3, (1 - c) / 3 - s, (1 - c) / 3 + s
-    matrix = (same, following, last, 0, last, same, following, 0, following, last, same, 0)
-    picture = Image.fromarray(frames.reshape(-1, *frames.shape[-2:]))
-    turned = picture.convert("RGB", matrix)  # cuts what leaves 0 to 255
-    return np.asarray(turned).reshape(frames.shape)
-
-
 @dataclass(eq=False)
 class TaskLoader:
     """An endless iterator of few-shot batches; batch i depends on (seed, i) only.
@@ -301,8 +279,7 @@ class TaskLoader:
     dict of arrays, U for support and q for query, before one another on axis 1 where both are in
     one, n the `demo_frames`: `frames_U` (B, K, n, H, W, 3), `frames_q` (B, Q, n, H, W, 3), `images`
     (B, 2, M, H, W, 3), all uint8, `states` (B, 2, M, S) and `actions` (B, 2, M, A), float32. What
-    was drawn is told by `tasks`, `mirrored`, `recoloured` and `hues` (B,), `demos` (B, K + Q),
-    `control_demos` and `times` (B, 2, M).
+    was drawn is told by `tasks` (B,), `demos` (B, K + Q), `control_demos` and `times` (B, 2, M).
 
     Without pairs, a task's partner is rarely in its batch, and telling partners apart is what
     teaches to heed the demonstration. With pairs, the last of an odd number is never drawn.
@@ -317,14 +294,9 @@ class TaskLoader:
     seed: int = 0
     time_exponent: float = 3.0  # times are T u^this, u uniform: more than 1 favours the start
     random_support: bool = True  # K is drawn anew for every batch, from 1 to this
-    # Half of the tasks are seen in a mirror, half with green and blue exchanged, all demos of a
-    # task alike; tasks 2k and 2k + 1, the same objects in exchanged roles, are drawn together and
-    # seen alike. None: where the data allow it.
-    mirror: bool | None = None
-    recolour: bool | None = None
+    # Tasks 2k and 2k + 1, the same objects in exchanged roles, are drawn together. None: where the
+    # data have pairs.
     pairs: bool | None = None
-    # Radians by which the colours of a task are turned at most. None: 0.6 if recolour is allowed.
-    hue_jitter: float | None = None
     demo_frames: int = 2
     query_frames: bool = True  # whether frames_q are read
     threads: int = 1
@@ -332,15 +304,11 @@ class TaskLoader:
 
     def __post_init__(self):
         data = self.task_set
-        for name in ("mirror", "recolour", "pairs"):
-            allowed = bool(data.manifest[name])
-            if getattr(self, name) and not allowed:
-                raise UserError(f"nothing says that these data allow {name}: use --{name} 0, or "
-                                "tell write_data_set")
-            value = getattr(self, name)
-            setattr(self, name, allowed if value is None else bool(value))
-        if self.hue_jitter is None:
-            self.hue_jitter = 0.6 if data.manifest["recolour"] else 0.0
+        has_pairs = bool(data.manifest["pairs"])
+        if self.pairs and not has_pairs:
+            raise UserError("nothing says that these data have pairs: use --pairs 0, or tell "
+                            "write_data_set")
+        self.pairs = has_pairs if self.pairs is None else bool(self.pairs)
         self.group = 2 if self.pairs else 1
         rank, size = self.shard
         if self.B > data.n_tasks or self.B % self.group or self.B % size:
@@ -358,7 +326,7 @@ class TaskLoader:
         """The batch at a position of the sequence."""
         K, drawn = self._draw(np.random.default_rng([self.seed, position]))
         drawn = {name: values[self.own] for name, values in drawn.items()}
-        return self._augment({**self._read(K, drawn), **drawn})
+        return {**self._read(K, drawn), **drawn}
 
     def _draw(self, rng):
         data, B, K, Q, M, group = self.task_set, self.B, self.K, self.Q, self.M, self.group
@@ -367,16 +335,12 @@ class TaskLoader:
         groups = B // group
         tasks = rng.choice(data.n_tasks // group, groups, replace=False)
         tasks = (tasks[:, None] * group + np.arange(group)).ravel()  # (B,)
-        mirrored = np.repeat((rng.random(groups) < 0.5) & self.mirror, group)
-        recoloured = np.repeat((rng.random(groups) < 0.5) & self.recolour, group)
         demos = np.stack([rng.choice(data.n_demos, K + Q, replace=False) for _ in tasks])
         picks = np.stack([rng.integers(0, K, (B, M)), rng.integers(K, K + Q, (B, M))], 1)
         control_demos = np.take_along_axis(demos[:, None], picks, 2)  # (B, 2, M)
         lengths = data.lengths[tasks[:, None, None], control_demos]
         times = (lengths * rng.random((B, 2, M)) ** self.time_exponent).astype(int)
-        hues = np.repeat(rng.uniform(-self.hue_jitter, self.hue_jitter, groups), group)
-        return K, dict(tasks=tasks, mirrored=mirrored, recoloured=recoloured, hues=hues,
-                       demos=demos, control_demos=control_demos, times=times)
+        return K, dict(tasks=tasks, demos=demos, control_demos=control_demos, times=times)
 
     def _read(self, K, drawn):
         data, tasks, demos = self.task_set, drawn["tasks"][:, None], drawn["demos"]
@@ -387,22 +351,6 @@ class TaskLoader:
                  "actions": data.actions[rows]}
         if self.query_frames:
             batch["frames_q"] = data.demo_frames(tasks, demos[:, K:], self.demo_frames)
-        return batch
-
-    def _augment(self, batch):
-        mirrored, recoloured, hues = (batch[name] for name in ("mirrored", "recoloured", "hues"))
-        for name in batch.keys() & {"frames_U", "frames_q", "images"}:
-            frames = batch[name]
-            pixels = frames.view("V3")  # moved whole: twice as fast as their 3 bytes
-            pixels[mirrored] = pixels[mirrored][..., ::-1, :]
-            changed = frames[recoloured]
-            changed[..., 1], changed[..., 2] = changed[..., 2].copy(), changed[..., 1].copy()
-            frames[recoloured] = changed
-            for task in hues.nonzero()[0]:
-                frames[task] = turn_hue(frames[task], hues[task])
-        if self.mirror:
-            for name, signs in self.task_set.manifest["mirror"].items():
-                batch[name][mirrored] *= np.float32(signs)
         return batch
 
     def __iter__(self):

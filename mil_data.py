@@ -40,8 +40,7 @@ def import_mil(train_folder, test_folder, folder, val, workers):
     paired = [*map(number_of, train)] == [*range(len(train))] and val % 2 == len(train) % 2
     manifest = dict(
         format=FORMAT, benchmark=None, seed=None, demos=len(MIL_DEMOS), image_height=IMAGE_SIZE,
-        image_width=IMAGE_SIZE, state_dim=STATE_DIM, action_dim=ACTION_DIM, mirror=None,
-        recolour=False, pairs=paired)
+        image_width=IMAGE_SIZE, state_dim=STATE_DIM, action_dim=ACTION_DIM, pairs=paired)
     paths = {"train": train[:-val], "val": train[-val:], "test": test}
     claim_data(Path(folder), manifest, {split: len(paths[split]) for split in paths})
     jobs = [(task_path(folder, split, index), path)

@@ -43,11 +43,6 @@ OBJECT_CLEARANCE = 0.10  # between the objects, if the sum of their radii is not
 MAX_CLEARANCE = 0.45  # the start area has places that far apart
 START_SPEED = 0.005  # joint velocities at the start, U(-0.005, 0.005) rad/s
 
-# A scene mirrored in the x-z plane, y for -y, is again a valid scene. The signs that mirror it:
-MIRRORED_ACTION = np.array([-1, 1, -1, 1, -1, 1, -1], np.float32)
-MIRRORED_STATE = np.float32([*MIRRORED_ACTION, *MIRRORED_ACTION, 1, -1, 1, 1, -1, 1])
-MIRROR = {"states": MIRRORED_STATE.tolist(), "actions": MIRRORED_ACTION.tolist()}  # for a manifest
-
 # The objects. 999 usable meshes of pybullet_data/random_urdfs (168 holds NaNs), split for good.
 SPLITS = ("train", "val", "test")
 _MESHES = np.random.default_rng(0).permutation([i for i in range(1000) if i != 168]).tolist()
@@ -80,7 +75,6 @@ NEAR, FAR = 0.1, 3.0
 LIGHT = (1.0, 0.0, 2.0)  # its direction, in the mirror plane
 SUPERSAMPLE = 2  # rendered at twice the size and averaged
 TABLE_EDGE = 2.0  # from the goal, along x and y
-# All but the objects is as green as it is blue: exchange the two, and the scene is valid again.
 TABLE_RGB, GOAL_RGB = (0.68, 0.70, 0.70), (0.85, 0.05, 0.05)
 ARM_RGB = {5: (0.55, 0.62, 0.62), 6: (0.92, 0.92, 0.92)}  # the other links are out of sight
 LINK_CELL = 0.03  # vertices of these links that fall into one cell of this size become one

@@ -28,11 +28,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-# The paper's side first, then the official code's; hinge_mean="violated" is ours.
+# The paper's side first, then the official code's.
 CHOICES = {
     "support_mean": ("mean-norm", "norm-mean-norm"),
     "negatives": ("sentences", "queries"),  # of other tasks
-    "hinge_mean": ("all", "violated"),  # pairs of tasks: all, or those that violate the margin
 }
 
 
@@ -59,7 +58,6 @@ class Settings(Sizes):
     normalise_queries: bool = True  # paper (cosine similarity); official code: raw queries
     support_mean: str = "mean-norm"
     negatives: str = "sentences"
-    hinge_mean: str = "violated"
 
 
 def check_choices(**chosen):
@@ -81,20 +79,19 @@ def sentence(f, support_mean="mean-norm"):
     return F.normalize(f.mean(-2), dim=-1)
 
 
-def embedding_loss(s_U, s_q, margin=0.1, negatives="sentences", hinge_mean="violated"):
+def embedding_loss(s_U, s_q, margin=0.1, negatives="sentences"):
     """L_emb, a hinge on dot products, and the retrieval accuracy: two scalars.
 
     s_U (B, E) are the tasks' sentences, s_q (B, Q, E) those of their queries. The loss is the mean
-    over tasks j, other tasks i and queries of max(0, margin - s_q^j . s_U^j + s_q^j . s_U^i); with
-    hinge_mean="violated" over the positive ones only, so that the few pairs of tasks that look
-    alike are not averaged away. With negatives="queries" (official code) the last product is
-    s_q^i . s_U^j. Gradients flow through both sides. The accuracy is the share of queries whose
-    own product s_q^j . s_U^j beats those with all negatives.
+    over tasks j, other tasks i and queries of max(0, margin - s_q^j . s_U^j + s_q^j . s_U^i). With
+    negatives="queries" (official code) the last product is s_q^i . s_U^j. Gradients flow through
+    both sides. The accuracy is the share of queries whose own product s_q^j . s_U^j beats those
+    with all negatives.
 
     A loss that stays near the margin with an accuracy of about 1 / B is a collapse: all sentences
     are nearly equal. A constant learning rate of 1e-3 can bring it on; a warm-up avoids it.
     """
-    check_choices(negatives=negatives, hinge_mean=hinge_mean)
+    check_choices(negatives=negatives)
     B = len(s_U)
     similarity = torch.einsum("jqe,ie->jqi", s_q, s_U)  # (B, Q, B), [j, q, i] = s_q^j . s_U^i
     positive = similarity.diagonal(dim1=0, dim2=2).T[..., None]  # (B, Q, 1)
@@ -102,8 +99,7 @@ def embedding_loss(s_U, s_q, margin=0.1, negatives="sentences", hinge_mean="viol
         similarity = similarity.transpose(0, 2)  # [j, q, i] = s_q^i . s_U^j
     other = ~torch.eye(B, dtype=torch.bool, device=s_U.device)[:, None]  # (B, 1, B)
     hinge = (margin - positive + similarity).clamp(min=0)
-    counted = other & ((hinge > 0) | (hinge_mean == "all"))  # (B, Q, B)
-    loss = (hinge * counted).sum() / counted.sum().clamp(min=1)
+    loss = hinge[other.expand_as(hinge)].mean()
     accuracy = (positive > similarity.masked_fill(~other, -torch.inf)).all(-1).float().mean()
     return loss, accuracy
 
@@ -341,7 +337,7 @@ class TecNets(Policy):
         if c.normalise_queries:
             s_q = F.normalize(s_q, dim=-1)
         loss, accuracy = embedding_loss(
-            gathered(s_U), gathered(s_q), c.margin, c.negatives, c.hinge_mean)
+            gathered(s_U), gathered(s_q), c.margin, c.negatives)
         return s_U, loss, accuracy
 
     def embeddings(self, frames, chunk=None):

@@ -64,7 +64,7 @@ def own_tasks(shift=(0, 0)):
 @pytest.fixture(scope="session")
 def own(tmp_path_factory):
     folder = tmp_path_factory.mktemp("own")
-    data.write_data_set(folder, own_tasks(), sim.MIRROR, recolour=True, pairs=True)
+    data.write_data_set(folder, own_tasks(), pairs=True)
     return folder
 
 
@@ -392,7 +392,7 @@ def test_going_on_otherwise(own, pushes, tmp_path, monkeypatch, capsys):
     """Other threads are said in a line; other options, other data, a second process are refused."""
     monkeypatch.chdir(tmp_path)
     begin(own, "a", until=2)
-    data.write_data_set("new", own_tasks((6, 2)), sim.MIRROR, recolour=True, pairs=True)
+    data.write_data_set("new", own_tasks((6, 2)), pairs=True)
     shutil.copytree(pushes, "pushes")
     for words, message in (([], "holds a run"), (["--resume", "--lr", 1], "another --lr"),
                            (["--resume", "--data", "pushes"], "not the data"),
@@ -480,7 +480,7 @@ def test_schedules_of_the_learning_rate(own, tmp_path, monkeypatch):
 def test_fine_tuning(own, trained, tmp_path, monkeypatch, capsys):
     """--init takes the weights; statistics are the new data's, and what is far is named."""
     monkeypatch.chdir(tmp_path)
-    data.write_data_set("new", own_tasks(shift=(6, 2)), sim.MIRROR, recolour=True, pairs=True)
+    data.write_data_set("new", own_tasks(shift=(6, 2)), pairs=True)
     capsys.readouterr()
     model = begin("new", "tuned", "--init", trained / "last.pt", until=0).model
     assert capsys.readouterr().out.endswith("more than 10 old deviations away: state 3\n")

@@ -45,28 +45,26 @@ def test_embedding_loss_by_hand():
     unit = F.normalize(s_q, dim=-1)
     for queries, negatives, loss, accuracy in (
             (s_q, "queries", 0.15, 0.5), (unit, "queries", 0.0, 1.0), (s_q, "sentences", 0.0, 1.0)):
-        got = embedding_loss(s_U, queries, 0.1, negatives, "all")
+        got = embedding_loss(s_U, queries, 0.1, negatives)
         assert [*map(float, got)] == pytest.approx([loss, accuracy])
 
 
-def looped_embedding_loss(s_U, s_q, margin, negatives, hinge_mean):
+def looped_embedding_loss(s_U, s_q, margin, negatives):
     terms = []
     for j, i, k in np.ndindex(len(s_U), *s_q.shape[:2]):
         other = s_q[j, k] @ s_U[i] if negatives == "sentences" else s_q[i, k] @ s_U[j]
-        term = F.relu(margin - s_q[j, k] @ s_U[j] + other)
-        if i != j and (term > 0 or hinge_mean == "all"):
-            terms.append(term)
+        if i != j:
+            terms.append(F.relu(margin - s_q[j, k] @ s_U[j] + other))
     return torch.stack(terms).mean()
 
 
-@parametrize("hinge_mean", ["all", "violated"])
 @parametrize("negatives", ["sentences", "queries"])
-def test_embedding_loss_against_loops(negatives, hinge_mean):
+def test_embedding_loss_against_loops(negatives):
     """Loss and its gradients to both sides; some pairs violate the margin, some do not."""
     torch.manual_seed(1)
     s = [torch.randn(*shape).double().requires_grad_() for shape in ((4, 3), (4, 2, 3))]
-    loss, _ = embedding_loss(*s, 0.3, negatives, hinge_mean)
-    expected = looped_embedding_loss(*s, 0.3, negatives, hinge_mean)
+    loss, _ = embedding_loss(*s, 0.3, negatives)
+    expected = looped_embedding_loss(*s, 0.3, negatives)
     assert_close(loss, expected)
     assert_close(torch.autograd.grad(loss, s), torch.autograd.grad(expected, s))
 
@@ -111,7 +109,7 @@ def looped_losses(model, batch):
         predicted[at] = model.predict(batch["images"][at], batch["states"][at], s_U[[j]])
     errors = (predicted - batch["actions"]) / model.action_std
     loss_U, loss_q = errors.square().mean((0, 2, 3))
-    loss_emb = looped_embedding_loss(s_U, s_q, c.margin, c.negatives, c.hinge_mean)
+    loss_emb = looped_embedding_loss(s_U, s_q, c.margin, c.negatives)
     loss = c.lambda_emb * loss_emb + c.lambda_U * loss_U + c.lambda_q * loss_q
     _, accuracy = embedding_loss(s_U, s_q, negatives=c.negatives)
     return dict(loss=loss, loss_emb=loss_emb, loss_U=loss_U, loss_q=loss_q, accuracy=accuracy)
@@ -119,7 +117,7 @@ def looped_losses(model, batch):
 
 @parametrize("options", [{}, dict(
     support_mean="norm-mean-norm", negatives="queries", margin=0.5, normalise_queries=False,
-    hinge_mean="all", lambda_emb=0.7, lambda_U=0.2, lambda_q=0.5)])
+    lambda_emb=0.7, lambda_U=0.2, lambda_q=0.5)])
 def test_losses_and_gradients_against_loops(options):
     """Of `losses`, and of `backward` in chunks."""
     model = small_model(statistics=dict(action_mean=0.25, action_std=0.5), **options)
@@ -423,26 +421,6 @@ def test_the_tasks_of_a_pair_start_from_the_same_scene(env):
     assert_array_equal(places[0], places[1][::-1])
 
 
-def test_the_mirrored_arm(env):
-    """Mirrored joints give the mirrored state, action and, nearly, picture."""
-    env.reset(seed=0, options={"task": sim.make_task("train", 0)})
-    for body in (env.target, env.distractor):  # out of sight
-        env.client.resetBasePositionAndOrientation(body, (5, 5, 0.1), (0, 0, 0, 1))
-    q = 0.3, 1.7, 0.1, -1.7, 0.1, -0.4, 0.3  # in view, on one side
-    dq, seen = np.linspace(-0.1, 0.2, 7), []
-    for signs, axes in ((np.ones(7), 1), (sim.MIRRORED_ACTION, (1, -1, 1, -1, 1, -1))):
-        for joint, pose in enumerate(zip(q * signs, dq * signs)):
-            env.client.resetJointState(env.arm, joint, *pose)
-        obs = env._observe()
-        action = sim._joint_control(env, dq[:6] * axes, np.zeros(2))
-        seen.append((obs["state"], action, obs["image"].astype(int)))
-    (state, action, image), mirrored = seen
-    assert_allclose(state * sim.MIRRORED_STATE, mirrored[0], atol=1e-6)
-    assert_allclose(action * sim.MIRRORED_ACTION, mirrored[1], atol=1e-6)
-    plain, flipped = (np.abs(one - mirrored[2]).mean() for one in (image, image[:, ::-1]))
-    assert 10 * flipped < plain
-
-
 def test_the_picture_is_complete(env, monkeypatch):
     """It is as drawn at once with table and disc, and with every link of the arm."""
     films = [], []
@@ -557,7 +535,7 @@ def own(tmp_path_factory):
                     "actions": torch.from_numpy(demo["actions"])} for demo in task]
 
     given = {split: generator(split) for split in demos}
-    data.write_data_set(folder, given, sim.MIRROR, recolour=True, pairs=True)
+    data.write_data_set(folder, given, pairs=True)
     return demos["train"], data.TaskSet(folder, "train")
 
 
@@ -599,9 +577,8 @@ def test_loader_against_loops(own, n, monkeypatch):
     What the data do not allow is left out, or refused.
     """
     demos, got = own
-    nothing = dict.fromkeys(("mirror", "recolour", "pairs"), False)
-    monkeypatch.setattr(got, "manifest", {**got.manifest, **nothing})
-    for words, message in (({"mirror": True}, "allow mirror"), ({"K": 3}, "3 of a task")):
+    monkeypatch.setattr(got, "manifest", {**got.manifest, "pairs": False})
+    for words, message in (({"pairs": True}, "have pairs"), ({"K": 3}, "3 of a task")):
         with pytest.raises(data.UserError, match=message):
             data.TaskLoader(got, **{"B": 2, "K": 1, **words})
     loader = data.TaskLoader(got, B=3, K=2, M=5, random_support=False, demo_frames=n)
@@ -625,44 +602,19 @@ def test_loader_against_loops(own, n, monkeypatch):
     assert_close(model.losses(batch), looped_losses(model, batch), rtol=1e-4, atol=1e-5)
 
 
-def turned(frames, angle):
-    """Colours turned about the axis of greys, by Rodrigues' formula."""
-    v, axis = frames.astype(float), np.full(3, 3 ** -0.5)
-    along = (v @ axis)[..., None] * axis
-    colours = along + np.cos(angle) * (v - along) + np.sin(angle) * np.cross(axis, v)
-    return colours.clip(0, 255)
-
-
-def test_augmented_batches(tasks):
-    """Mirror, colours and hue change all frames of a task alike, and nothing else."""
-    loader = data.TaskLoader(tasks, B=4, K=1, pairs=False)  # by default where the data allow it
-    batch = loader.batch(1)
-    loader.mirror = loader.recolour = loader.hue_jitter = False
-    plain, drawn = loader.batch(1), [batch[name] for name in ("mirrored", "recoloured", "hues")]
-    assert 0 < drawn[0].sum() < 4 and 0 < drawn[1].sum() < 4
-    assert len(set(drawn[2])) == 4 and np.abs(drawn[2]).max() <= 0.6
-    for i, (mirrored, recoloured, hue) in enumerate(zip(*drawn)):
-        for name in ("frames_U", "frames_q", "images"):
-            expected = plain[name][i, ..., ::1 - 2 * mirrored, :]
-            expected = expected[..., [0, 2, 1] if recoloured else [0, 1, 2]]
-            assert_allclose(batch[name][i], turned(expected, hue), atol=1)
-        for name, signs in sim.MIRROR.items():
-            assert_array_equal(batch[name][i], plain[name][i] * np.where(mirrored, signs, 1))
-
-
 def test_batches_of_pairs(tasks):
-    """Every task comes with its partner, both seen alike; all pairs come, K from 1 to 2.
+    """Every task comes with its partner; all pairs come, K from 1 to 2.
 
     Times are T u^3: (1 / T)^(1/3) of them are 0.
     """
     loader, seen, surplus = data.TaskLoader(tasks, B=2, K=2), set(), []
     for position in range(60):
         batch = loader.batch(position)
-        one, other = zip(*(batch[name] for name in ("tasks", "mirrored", "recoloured", "hues")))
-        assert one[0] % 2 == 0 and other == (one[0] + 1, *one[1:])
-        seen.add((*one[:3], batch["frames_U"].shape[1]))
+        one, other = batch["tasks"]
+        assert one % 2 == 0 and other == one + 1
+        seen.add((one, batch["frames_U"].shape[1]))
         surplus.append((batch["times"] == 0) - np.take(LENGTHS, batch["control_demos"]) ** (-1 / 3))
-    assert len(seen) == 16 and abs(np.mean(surplus)) < 0.03
+    assert len(seen) == 4 and abs(np.mean(surplus)) < 0.03
 
 
 def test_shards_of_a_batch_make_the_batch(tasks):

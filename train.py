@@ -54,8 +54,8 @@ METHODS = {
 PRESETS = {
     "ours": {},
     "paper": dict(batch=64, support=5, random_support=0, query=5, samples=1, time_exponent=1.0,
-                  mirror=0, recolour=0, hue_jitter=0.0, pairs=0, lr=5e-4, schedule="constant",
-                  steps=400_000, lambda_U=0.1, lambda_q=0.1, hinge_mean="all", bfloat16=0),
+                  pairs=0, lr=5e-4, schedule="constant", steps=400_000, lambda_U=0.1, lambda_q=0.1,
+                  bfloat16=0),
     "quick": dict(data="data/quick", support=3, steps=5500, lr=2e-3),
     "smoke": dict(data="data/smoke", batch=8, support=2, query=2, steps=200, validate_every=50,
                   validation_batches=2),
@@ -79,8 +79,6 @@ HELP = {  # of settings
     "normalise_queries": "1: cosine similarity (paper); 0: raw queries (official code)",
     "support_mean": "of embeddings: mean-norm (paper) or norm-mean-norm (official code)",
     "negatives": "other tasks' sentences (paper) or queries (official code)",
-    "hinge_mean": "pairs of tasks over which the hinge is averaged: all (official code), or those "
-                  "that violate the margin (ours)",
     "lstm_units": "of the LSTM",
     "bias_transform": "learned inputs of the first fully connected layer",
     "inner_lr": "rate of the gradient step on a demonstration",
@@ -115,12 +113,6 @@ def parse(argv=None):
     add("--samples", type=int, default=4, help="M, control samples of the support and of the query")
     add("--time-exponent", type=float, default=3.0, help="times of control samples are T u^this, u "
         "uniform: 1 is uniform (paper), more favours the start")
-    add("--mirror", **flag, help="1: half of the tasks are seen in a mirror (paper: 0); by default "
-        "where the data tell how")
-    add("--recolour", **flag, help="1: half of the tasks are seen with green and blue exchanged "
-        "(paper: 0); by default where the data allow it")
-    add("--hue-jitter", type=float, help="the colours of a task are turned by up to this angle, "
-        "drawn at random, in radians (paper: 0); 0.6 by default where --recolour is allowed")
     add("--pairs", **flag, help="1: tasks of the same objects are drawn together (paper: 0); by "
         "default where the data have pairs")
     add("--chunk", type=int, default=256, help="images that a backward pass holds in memory")
@@ -329,13 +321,12 @@ class Run:
         self.loader = TaskLoader(
             train_set, o["batch"], o["support"], seed=o["seed"], **frames,
             time_exponent=o["time_exponent"], random_support=o["random_support"],
-            mirror=o["mirror"], recolour=o["recolour"], hue_jitter=o["hue_jitter"],
             pairs=o["pairs"], threads=o["loader_threads"], shard=launched()[:2])
         B = min(o["batch"], val_set.n_tasks)
         pairs = self.manifest["pairs"] and B > 1
         self.val_loader = TaskLoader(
             val_set, B - B % 2 if pairs else B, K=1, seed=0, **frames, time_exponent=1.0,
-            random_support=False, mirror=False, recolour=False, hue_jitter=0.0, pairs=pairs)
+            random_support=False, pairs=pairs)
 
     def build_scheduler(self):
         schedules, schedule = torch.optim.lr_scheduler, self.options["schedule"]
