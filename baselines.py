@@ -15,9 +15,8 @@ Some things differ from the published. For speed, MIL reads 10 evenly spaced fra
 demonstration and draws 10 control samples from three others; it had all 100 frames of one and all
 100 of another. The LSTM reads 10 frames, and the LSTM and contextual draw 8 control samples, from
 three demonstrations, too. As in our TecNets, tasks are drawn by pairs, 16 in a step (published: 15,
-independent), control samples favour the start, there are mirror and changed colours, and
-convolutions pad both sides alike. The learning rate falls to zero in the last fifth of the steps
-(published: constant).
+independent), control samples favour the start, and convolutions pad both sides alike. The learning
+rate falls to zero in the last fifth of the steps (published: constant).
 
 Dimensions in comments are those of tecnets.py.
 """
