@@ -99,7 +99,7 @@ def embedding_loss(s_U, s_q, margin=0.1, negatives="sentences"):
         similarity = similarity.transpose(0, 2)  # [j, q, i] = s_q^i . s_U^j
     other = ~torch.eye(B, dtype=torch.bool, device=s_U.device)[:, None]  # (B, 1, B)
     hinge = (margin - positive + similarity).clamp(min=0)
-    loss = hinge[other.expand_as(hinge)].mean()
+    loss = (hinge * other).sum() / (other.sum() * s_q.shape[1]).clamp(min=1)
     accuracy = (positive > similarity.masked_fill(~other, -torch.inf)).all(-1).float().mean()
     return loss, accuracy
 

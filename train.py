@@ -39,7 +39,7 @@ from common import (HelpFormatter, UserError, installed_packages, launched, lear
 from data import FULL_DATA, TaskLoader, TaskSet, generate, read_manifest, task_path
 from tecnets import TecNets, embedding_loss, processes
 
-FORMAT = 3  # of a checkpoint
+FORMAT = 4  # of a checkpoint
 CHECKPOINT_SECONDS = 60
 LOG_STEPS = 50
 
