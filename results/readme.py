@@ -46,7 +46,8 @@ LOOK_ALIKE = 0.3  # most by which two colours differ, in [0, 1]
 
 # Training options in results files of older programs.
 RENAMED = {"early": "time_exponent", "hue": "hue_jitter", "keep": "snapshots"}
-BEFORE = dict(mirror=0, recolour=0, hue_jitter=0.0, pairs=0, hinge_mean="all")  # what was done without them
+# What was done without an option.
+BEFORE = dict(mirror=0, recolour=0, hue_jitter=0.0, pairs=0, hinge_mean="all")
 NOT_COMPARED = ("name", "resume", "validate_every", "validation_batches", "snapshots")
 
 
