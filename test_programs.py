@@ -653,10 +653,14 @@ def test_trials_in_another_look(pushes, tmp_path):
     words = "--tasks 1 --trials 1 --shots 1 --gif 1 --workers 1 --look table --out".split()
     call(evaluate, "--data", pushes, *words, tmp_path / "a")
     call(evaluate, "--data", pushes, *words, tmp_path / "b", "--demo-look", "default")
-    for name, demo in (("a", True), ("b", False)):
+    # Demonstrations in many looks are not used: these have no files.
+    manifest = {**data.read_manifest(pushes), "looks": "random"}
+    common.write_json(tmp_path / "many" / "manifest.json", manifest)
+    call(evaluate, "--data", tmp_path / "many", *words, tmp_path / "c", "--look", "default")
+    for name, demo, trial in (("a", True, True), ("b", False, True), ("c", False, False)):
         film = Image.open(tmp_path / name / "task00-shots1.gif").convert("RGB")
         purple = [red > 1.2 * green for red, green, _ in map(film.getpixel, ((9, 240), (259, 240)))]
-        assert purple == [demo, True]
+        assert purple == [demo, trial]
 
 
 def test_policies_without_demonstrations(tmp_path):
