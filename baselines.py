@@ -111,9 +111,9 @@ def initialise(module):
     """MIL's: convolutions Glorot uniform, other layers N(0, 0.01), biases 0."""
     if isinstance(module, nn.Conv2d):
         nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
     elif isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, std=0.01)
-    if isinstance(module, (nn.Conv2d, nn.Linear)):
         nn.init.zeros_(module.bias)
 
 
@@ -131,8 +131,8 @@ class Baseline(Policy):
         """Add the gradient of L_ctr^q, times `loss_scale`, to the parameters'; the loss, detached.
 
         `batch` is that of TecNets; of the support demos the frames are used, of the query demos the
-        control samples. Tasks run in chunks of at most `chunk` of these images together. Several
-        processes have a shard each, as with TecNets.
+        control samples. Tasks run in chunks of at most `chunk` of these images together, but at
+        least one task. Several processes have a shard each, as with TecNets.
         """
         frames = batch["frames_U"]  # (b, K, n, H, W, 3)
         images, states, actions = (batch[name][:, 1] for name in ("images", "states", "actions"))
@@ -166,18 +166,17 @@ class Contextual(Baseline):
         return frames[..., -1, :, :, :]  # (..., K, H, W, 3)
 
     def respond(self, images, states, context):
-        K, M = context.shape[1], images.shape[1]
-        images = images[:, None].expand(-1, K, -1, -1, -1, -1)
-        context = context[:, :, None].expand(-1, -1, M, -1, -1, -1)
-        both = torch.cat([images, context], -1)  # (B, K, M, H, W, 6)
+        both = torch.broadcast_tensors(images[:, None], context[:, :, None])
+        both = torch.cat(both, -1)  # (B, K, M, H, W, 6)
+        shape = both.shape[:3]
         features = self.vision(to_planes(both.flatten(0, 2), states.dtype))
-        states = states[:, None].expand(-1, K, -1, -1).flatten(0, 2)
+        states = states[:, None].expand(*shape, -1).flatten(0, 2)
         actions = self.layers(torch.cat([features, states], 1))  # (B K M, A)
-        return actions.unflatten(0, (-1, K, M)).mean(1)
+        return actions.unflatten(0, shape).mean(1)
 
 
 class LSTM(Baseline):
-    """Reads a demo's n frames, with states of zeros, then the current image and state.
+    """Reads a demo's n frames, with mean states, then the current image and state.
 
     Actions are averaged over demos. The cells start as TensorFlow's do, with biases of 0, and of 1
     for the forget gate: PyTorch's random biases would fill the memory with numbers that do not
@@ -214,10 +213,10 @@ class LSTM(Baseline):
     def respond(self, images, states, context):
         M, K = images.shape[1], context.shape[1]
         features = self._features(images.flatten(0, 1), states.flatten(0, 1))
-        features = features.unflatten(0, (-1, 1, M)).expand(-1, K, -1, -1)  # (B, K, M, units)
-        memory = context[:, :, None].expand(-1, -1, M, -1, -1).flatten(0, 2).to(features.dtype)
+        features = features.unflatten(0, (-1, M)).repeat(1, K, 1)  # (B, K M, units)
+        memory = context.repeat_interleave(M, 1).flatten(0, 1).to(features.dtype)
         h, c = memory.transpose(0, 1)[:, None].contiguous()  # (1, B K M, lstm_units) each
-        output = self.lstm(features.flatten(0, 2)[None], (h, c))[0][0]
+        output = self.lstm(features.flatten(0, 1)[None], (h, c))[0][0]
         return self.head(output).unflatten(0, (-1, K, M)).mean(1)
 
 

@@ -1,6 +1,7 @@
 """What the programs share and no method needs: one-line errors, files, parallel jobs, progress."""
 import argparse
 import concurrent.futures
+import contextlib
 import importlib.metadata
 import json
 import math
@@ -23,14 +24,21 @@ class UserError(Exception):
     """A mistake that one line can tell a user how to mend."""
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """A program's docstring as it is, and the default of every option."""
+
+
+def option_parser(description, usage="%(prog)s [options]", **settings):
+    """An argument parser for a program with this docstring."""
+    return argparse.ArgumentParser(
+        description=description, usage=usage, formatter_class=_HelpFormatter, allow_abbrev=False,
+        **settings)
 
 
 def run_program(main):
     """Run a command-line program: a UserError or a failing disk is one line and exit code 2.
 
-    Ctrl-C and SIGTERM end it and its workers at once. What was done is on the disk.
+    Ctrl-C and SIGTERM end it and its workers at once. Finished files stay.
     """
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
@@ -45,7 +53,7 @@ def run_program(main):
 def launched():
     """(rank, number of processes, rank on this machine), as torchrun, srun or mpirun say.
 
-    (0, 1, 0) without them; a launcher that tells no rank on this machine gives each process one.
+    (0, 1, 0) without them; the rank on this machine is 0 if a launcher does not tell it.
     """
     for rank, size, local_rank in (
             ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
@@ -65,8 +73,11 @@ def cores():
 
 def installed_packages():
     """The version of every package on which the numbers depend."""
-    names = {dist.name.lower(): dist.version for dist in importlib.metadata.distributions()}
-    return {name: names[name].partition("+")[0] for name in PACKAGES if name in names}
+    versions = {}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name).partition("+")[0]
+    return versions
 
 
 def progress(line, end=False):
@@ -82,7 +93,10 @@ def progress(line, end=False):
 # Files that are whole or absent ---------------------------------------------------------------
 
 def write_atomically(path, write):
-    """Call `write(file)` on a temporary file beside `path`, then give it its name."""
+    """Call `write(file)` on a temporary file beside `path`, then give it its name.
+
+    A kill leaves the temporary file, NAME.*.unfinished, which can be deleted.
+    """
     temporary = Path(f"{path}.{secrets.token_hex(4)}.unfinished")
     temporary.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -124,9 +138,6 @@ def make_files(make, jobs, workers, shard=(0, 1)):
     missing in the end. The same call goes on after a kill.
     """
     missing = [job for job in jobs[shard[0]::shard[1]] if not job[0].exists()]
-    for path, *_ in missing:
-        for stale in path.parent.glob(f"{path.stem}.*.unfinished"):  # left by a kill
-            stale.unlink()
     start, others = time.monotonic(), multiprocessing.active_children()
     spawn = multiprocessing.get_context("spawn")
     pool = concurrent.futures.ProcessPoolExecutor(workers, spawn, _start_worker)
@@ -152,10 +163,8 @@ def make_files(make, jobs, workers, shard=(0, 1)):
 
 
 def _start_worker():
-    """One thread, Ctrl-C left to the parent, and an end when the parent ends."""
+    """Ctrl-C is left to the parent, and the worker ends when the parent ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(1)
 
     def watch():
         multiprocessing.parent_process().join()

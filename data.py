@@ -7,9 +7,8 @@
 A task is two files: `SPLIT/INDEX.frames`, its frames, compressed one by one, so that any frame is
 read alone, and `SPLIT/INDEX.npz`, states, actions, lengths of the demonstrations and offsets of the
 frames. `manifest.json` says what the data are. An interrupted run is finished by the same command;
-a larger `--train` adds tasks. The bytes depend on the seed and the looks only.
+a larger `--train` adds tasks. The bytes depend on `--seed`, `--demos` and `--looks` only.
 """
-import argparse
 import json
 import math
 import os
@@ -22,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from common import (HelpFormatter, UserError, claim, cores, launched, make_files, run_program,
+from common import (UserError, claim, cores, launched, make_files, option_parser, run_program,
                     shard, write_atomically, write_json)
 
 # The simulator is imported where demonstrations are recorded: to read data takes no PyBullet.
@@ -47,12 +46,18 @@ def generate(folder, tasks, demos, seed, workers=None, shard=(0, 1), looks=None)
     Raises UserError if the folder holds other data.
     """
     import sim
-    folder = Path(folder)
+    folder, counts = Path(folder), dict(tasks)
+    if (folder / "manifest.json").exists():
+        for split, count in read_manifest(folder)["tasks"].items():
+            counts[split] = max(count, tasks.get(split, 0))
+    elif any((folder / split).exists() for split in SPLITS):
+        raise UserError(f"{folder} holds tasks, but no manifest.json, perhaps of an unfinished "
+                        "write_data_set: choose another folder, or delete it")
     manifest = dict(
         format=FORMAT, benchmark=sim.VERSION, seed=seed, demos=demos, image_height=sim.IMAGE_SIZE,
         image_width=sim.IMAGE_SIZE, state_dim=sim.STATE_DIM, action_dim=sim.ACTION_DIM,
-        mirror=sim.MIRROR, recolour=not looks, pairs=True, looks=looks)
-    claim_data(folder, manifest, tasks)
+        mirror=sim.MIRROR, recolour=not looks, pairs=True, looks=looks, tasks=counts)
+    claim(folder / "manifest.json", manifest, free=("tasks",))
     jobs = [(task_path(folder, split, index), split, index, demos, seed, looks)
             for split in tasks for index in range(tasks[split])]
     return make_files(_record_task, jobs, workers or cores(), shard)
@@ -66,20 +71,6 @@ def _record_task(path, split, index, demos, seed, looks):
         look = sim.random_look(np.random.default_rng(key)) if looks else sim.Look()
         recorded.append(sim.record_demo(env, task, number, seed, look))
     write_task(path, recorded)
-    env.close()
-
-
-def claim_data(folder, manifest, tasks):
-    """Write a data set's manifest. One that is there may differ in the number of tasks only."""
-    counts = dict(tasks)
-    if not (folder / "manifest.json").exists():
-        if any((folder / split).exists() for split in SPLITS):
-            raise UserError(f"{folder} holds tasks, but no manifest.json, perhaps of an unfinished "
-                            "write_data_set: choose another folder, or delete it")
-    else:
-        for split, count in read_manifest(folder)["tasks"].items():
-            counts[split] = max(count, tasks.get(split, 0))
-    claim(folder / "manifest.json", {**manifest, "tasks": counts}, free=("tasks",))
 
 
 def write_data_set(folder, tasks, mirror=None, recolour=False, pairs=False):
@@ -100,11 +91,10 @@ def write_data_set(folder, tasks, mirror=None, recolour=False, pairs=False):
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} holds files: choose another folder, or delete it")
-    manifest, counts = None, {}
+    if not {"train", "val"} <= set(tasks) <= set(SPLITS):
+        raise ValueError(f"the splits are train, val and perhaps test, not {[*tasks]}")
+    manifest, counts = None, dict.fromkeys(tasks, 0)
     for split in tasks:
-        if split not in SPLITS:
-            raise ValueError(f"the splits are {', '.join(SPLITS)}, not {split!r}")
-        counts[split] = 0
         for index, demos in enumerate(tasks[split]):
             demos = [{name: np.asarray(demo[name]) for name in ("frames", "states", "actions")}
                      for demo in demos]
@@ -112,8 +102,8 @@ def write_data_set(folder, tasks, mirror=None, recolour=False, pairs=False):
             _check_demos(manifest, demos, f"{split} task {index}")
             write_task(task_path(folder, split, index), demos)
             counts[split] += 1
-    if not (counts.get("train") and counts.get("val")):
-        raise ValueError(f"a data set needs tasks to train and to validate on (val), not {counts}")
+    if not (counts["train"] and counts["val"]):
+        raise ValueError(f"there are no tasks to train or to validate on: {counts}")
     write_json(folder / "manifest.json", {**manifest, "tasks": counts})  # last: now it is whole
 
 
@@ -181,10 +171,13 @@ def read_manifest(folder):
 # Reading --------------------------------------------------------------------------------------
 
 def evenly_spaced(length, count):
-    """`count` of the times 0 to length - 1, evenly spaced, the first and the last included."""
+    """`count` of the times 0 to length - 1, evenly spaced, the first and the last included.
+
+    Of an array of lengths (...) it is (..., count).
+    """
     if count < 2:
         raise ValueError(f"{count} frames of a demonstration: at least 2, the first and the last")
-    return np.linspace(0, length - 1, count).round().astype(int)
+    return np.linspace(0, length - 1, count, axis=-1).round().astype(int)
 
 
 class TaskSet:
@@ -195,7 +188,7 @@ class TaskSet:
     uint8 are the first and last frames. These are in memory. All other frames are read when they
     are wanted: the system keeps in memory, once for all processes, what there is room for.
     `manifest` says what the data are, whatever the number of tasks. `tasks` is how many tasks are
-    read, or a list of their indices; all by default. Raises UserError for missing or damaged files.
+    read, all by default. Raises UserError for missing or damaged files.
     """
 
     def __init__(self, folder, split, tasks=None):
@@ -203,13 +196,12 @@ class TaskSet:
         available = manifest.pop("tasks").get(split, 0)
         if tasks is None:
             tasks = available
-        self.indices = [*range(tasks)] if hasattr(tasks, "__index__") else list(tasks)
-        if not self.indices or max(self.indices) >= available:
+        if not 0 < tasks <= available:
             raise UserError(f"{folder} has {available} {split} tasks, not {tasks}: ask for fewer, "
                             f"or add more with data.py --out {folder} --{split}")
         self.frame_shape = manifest["image_height"], manifest["image_width"], 3
-        self.n_tasks, self.n_demos = len(self.indices), manifest["demos"]
-        self._paths = [task_path(folder, split, index) for index in self.indices]
+        self.n_tasks, self.n_demos = tasks, manifest["demos"]
+        self._paths = [task_path(folder, split, index) for index in range(tasks)]
         arrays = [self._read(path) for path in self._paths]
         self._offsets = [task["offsets"] for task in arrays]
         self.states, self.actions = (np.concatenate([task[name] for task in arrays])
@@ -253,8 +245,8 @@ class TaskSet:
         """The frames (..., H, W, 3) at indices that are broadcast against each other."""
         indices = np.broadcast(tasks, demos, times)
         frames = np.empty((indices.size, *self.frame_shape), np.uint8)
-        for i, (task, demo, time) in enumerate(indices):
-            frames[i] = self.frame(task, demo, time)
+        for i, index in enumerate(indices):
+            frames[i] = self.frame(*index)
         return frames.reshape(*indices.shape, *self.frame_shape)
 
     def demo_frames(self, tasks, demos, n):
@@ -262,15 +254,14 @@ class TaskSet:
         if n == 2 and self.ends is not None:
             return self.ends[tasks, demos]
         tasks, demos = np.broadcast_arrays(tasks, demos)
-        lengths = self.lengths[tasks, demos]
-        times = np.stack([evenly_spaced(T, n) for T in lengths.flat]).reshape(*lengths.shape, n)
+        times = evenly_spaced(self.lengths[tasks, demos], n)  # (..., n)
         return self.frames(tasks[..., None], demos[..., None], times)
 
     def statistics(self):
         """Mean and deviation of states (S,) and actions (A,), for a network of these tasks.
 
-        The deviation of what is constant is 1. The benchmark's actions, fractions of limits, stay
-        as they are.
+        The deviation of what is constant is 1. The benchmark's states have deviations of at least
+        STD_FLOOR, and its actions, fractions of limits, stay as they are.
         """
         values = {}
         for name, rows in (("state", self.states), ("action", self.actions)):
@@ -339,11 +330,10 @@ class TaskLoader:
     def __post_init__(self):
         data = self.task_set
         for name in ("mirror", "recolour", "pairs"):
-            allowed = bool(data.manifest[name])
-            if getattr(self, name) and not allowed:
+            allowed, value = bool(data.manifest[name]), getattr(self, name)
+            if value and not allowed:
                 raise UserError(f"nothing says that these data allow {name}: use --{name} 0, or "
                                 "tell write_data_set")
-            value = getattr(self, name)
             setattr(self, name, allowed if value is None else bool(value))
         if self.hue_jitter is None:
             self.hue_jitter = 0.6 if data.manifest["recolour"] else 0.0
@@ -401,9 +391,8 @@ class TaskLoader:
             frames = batch[name]
             pixels = frames.view("V3")  # moved whole: twice as fast as their 3 bytes
             pixels[mirrored] = pixels[mirrored][..., ::-1, :]
-            changed = frames[recoloured]
-            changed[..., 1], changed[..., 2] = changed[..., 2].copy(), changed[..., 1].copy()
-            frames[recoloured] = changed
+            plain = frames[recoloured]
+            frames[recoloured, ..., 1], frames[recoloured, ..., 2] = plain[..., 2], plain[..., 1]
             for task in hues.nonzero()[0]:
                 frames[task] = turn_hue(frames[task], hues[task])
         if self.mirror:
@@ -430,8 +419,7 @@ class TaskLoader:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     usage="%(prog)s [options]", formatter_class=HelpFormatter)
+    parser = option_parser(__doc__)
     add = parser.add_argument
     add("--out", required=True, help="folder of the data set")
     for split, number in FULL_DATA["tasks"].items():

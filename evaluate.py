@@ -11,10 +11,9 @@
 The default protocol is the paper's: 74 test tasks x 6 trials, one demonstration and five. Prints a
 table and writes OUT/evaluation.json (the settings), OUT/trials (a file for each task and number of
 shots) and, put together from these, OUT/results.json with a row for every trial. With the same
-weights, demonstrations and seed the rows are the same. An interrupted evaluation goes on with the
-same command. Demonstrations come from the data set, or are recorded on the fly.
+weights and seed the rows are the same. An interrupted evaluation goes on with the same command. The
+demonstrations are those of the benchmark's data set, recorded here.
 """
-import argparse
 import collections
 import functools
 import hashlib
@@ -27,13 +26,12 @@ import torch
 from PIL import Image, ImageDraw
 
 import sim
-from common import (HelpFormatter, UserError, claim, cores, launched, make_files, run_program,
+from common import (UserError, claim, cores, launched, make_files, option_parser, run_program,
                     shard, write_atomically, write_json)
-from data import FULL_DATA, TaskSet, evenly_spaced, read_manifest
-from train import METHODS, load_model, machine
+from data import FULL_DATA, evenly_spaced
+from train import load_model, machine
 
 LOOKS = {"default": sim.Look(), **sim.HELD_OUT_LOOKS}
-POLICIES = (*METHODS, "no-demo", "expert", "random")
 SHIPPED = Path(__file__).resolve().parent / "results" / "weights.pt"
 FILMED_TRIALS = 3  # of a task, beside each other in one GIF
 REDRAW = 7919  # ends the seeds of redrawn demonstrations, which no other seed does
@@ -53,7 +51,7 @@ def policy_of(model, demos=(), context=None):
             whole = np.asarray(demo["frames"])
             frames.append(whole[evenly_spaced(len(whole), n)])
         frames = torch.as_tensor(np.stack(frames), device=device)  # (K, n, H, W, 3)
-        model.check_sizes(frames)
+        model.check_size(frames)
         with torch.no_grad():
             context = model.embed(frames)
 
@@ -65,22 +63,16 @@ def policy_of(model, demos=(), context=None):
     return policy
 
 
-def make_policy(name, env, demos, weights, seed):
-    """The policy of a name in POLICIES for one trial."""
+def make_policy(name, env, demos, model, seed):
+    """The policy of one trial: "expert", "random", "no-demo" or a method's."""
     if name == "expert":
         return lambda obs: sim.expert_action(env)
     if name == "random":
         rng = np.random.default_rng(seed)
         return lambda obs: rng.uniform(-1, 1, sim.ACTION_DIM)
-    model = _load_network(weights)
     if name == "no-demo":  # a zero sentence: what TecNets does without being told the task
         return policy_of(model, context=torch.zeros(model.settings.embedding_dim))
     return policy_of(model, demos)
-
-
-@functools.lru_cache(maxsize=1)
-def _load_network(weights):
-    return load_model(weights)[0]
 
 
 def rollout(env, policy, seed=None, options=None, film=None):
@@ -106,8 +98,7 @@ def choose_demos(evaluation, index, trial, shots):
     key = [evaluation["seed"], index]
     if evaluation["redraw"]:
         key += [trial, REDRAW]
-    _, n_demos = evaluation["demos"]
-    return np.random.default_rng(key).permutation(n_demos)[:shots].tolist()
+    return np.random.default_rng(key).permutation(FULL_DATA["demos"])[:shots].tolist()
 
 
 def scene_seed(evaluation, index, trial):
@@ -116,36 +107,30 @@ def scene_seed(evaluation, index, trial):
     return int(np.random.default_rng(key).integers(2 ** 31))
 
 
-def try_task(path, evaluation, index, shots, weights, data_folder, filmed):
+def try_task(path, evaluation, index, shots, weights, filmed):
     """Write the file of a task's trials with a number of shots, after their GIFs if `filmed`.
 
-    `weights` are the bytes of a checkpoint's file; demonstrations come from `data_folder`, or are
-    recorded if it is None.
+    `weights` are the bytes of a checkpoint's file, None for a policy that needs none.
     """
+    torch.set_num_threads(1)
     start, failures = time.perf_counter(), evaluation["film_failures"]
     name, split, seed = (evaluation[key] for key in ("policy", "split", "seed"))
-    # Without images an environment is faster, and the expert looks at none.
-    pictures = filmed or failures or name not in ("expert", "random")
-    env = sim.PushEnv(render_mode="rgb_array" if pictures else None)
-    task = sim.make_task(split, index)
-    task_set = TaskSet(data_folder, split, [index]) if data_folder else None
+    env, task = sim.PushEnv(), sim.make_task(split, index)
+    model = load_model(weights)[0] if weights else None
 
     @functools.cache
     def demo(number):
-        if task_set:
-            times = np.arange(task_set.lengths[0, number])
-            return {"frames": task_set.frames(0, number, times)}
         look = LOOKS[evaluation["demo_look"]]
-        return sim.record_demo(env, task, number, evaluation["demos"][0], look)
+        return sim.record_demo(env, task, number, FULL_DATA["seed"], look)
 
     rows, films = [], []
     for trial in range(evaluation["trials"]):
         numbers = choose_demos(evaluation, index, trial, shots)
         demos = [demo(number) for number in numbers]
-        policy = make_policy(name, env, demos, weights, [seed, index, trial])
+        policy = make_policy(name, env, demos, model, [seed, index, trial])
         # A task and its partner have the same scene with the roles swapped.
         options = {"task": task, "swap": index % 2 == 1, "look": LOOKS[evaluation["look"]]}
-        film = [] if pictures else None
+        film = []
         info = rollout(env, policy, scene_seed(evaluation, index, trial), options, film)
         row = {"shots": shots, "task": index, "trial": trial, "success": bool(info["success"]),
                "final_distance": round(info["distance"], 5),
@@ -158,7 +143,6 @@ def try_task(path, evaluation, index, shots, weights, data_folder, filmed):
             save_gif(f"{gif}-trial{trial}.gif", demos[:1], films[-1:])
     if filmed:
         save_gif(f"{gif}.gif", demos[:1], films[:FILMED_TRIALS])
-    env.close()
     write_json(path, {"seconds": time.perf_counter() - start, "trials": rows})
 
 
@@ -229,25 +213,23 @@ def save_gif(path, demos, films, size=250):
 # The program ----------------------------------------------------------------------------------
 
 def parse():
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     usage="%(prog)s [options]", formatter_class=HelpFormatter)
+    parser = option_parser(__doc__)
     add = parser.add_argument
     add("--checkpoint", default=SHIPPED, help="of a network")
-    add("--data", default="data/push", help="data set with the demonstrations; they are recorded "
-        "if it is not there, or of other looks")
     add("--split", choices=sim.SPLITS, default="test", help="of the tasks")
     add("--tasks", type=int, default=FULL_DATA["tasks"]["test"], help="the first ones of the split")
     add("--only", type=int, nargs="+", metavar="TASK", help="these tasks in place of --tasks")
     add("--trials", type=int, default=6, help="trials of a task")
-    add("--shots", type=int, nargs="+", default=[1, 5], help="demonstrations that a trial is given")
+    add("--shots", type=int, nargs="+", default=[1, 5], metavar="K",
+        choices=range(1, FULL_DATA["demos"] + 1), help="demonstrations that a trial is given")
     add("--redraw", action="store_true",
         help="draw other demonstrations for every trial, not once for all trials of a task")
     add("--look", choices=LOOKS, default="default", help="of demonstrations and trials")
     add("--demo-look", choices=LOOKS, help="of demonstrations, if another than that of the trials")
     add("--seed", type=int, default=0, help="of the trials and the choice of demonstrations")
     add("--workers", type=int, default=cores(), help="processes")
-    add("--policy", choices=POLICIES,
-        help="the checkpoint's by default; no-demo is TecNets with a zero sentence")
+    add("--policy", choices=("no-demo", "expert", "random"),
+        help="in place of the checkpoint's; no-demo is TecNets with a zero sentence")
     add("--out", type=Path, default=Path("runs/evaluation"), help="folder of results and GIFs")
     add("--shard", type=shard, default=launched()[:2], metavar="I/N",
         help="try the I-th of N shards of the tasks, I from 0; the last one to finish writes the "
@@ -257,52 +239,27 @@ def parse():
     return parser.parse_args()
 
 
-def read_network(path, policy):
-    """(the bytes of a checkpoint's file, its dict): once, so that all trials have the same weights.
-
-    Raises UserError if it is not of the policy, or not of the benchmark.
-    """
-    weights = Path(path).read_bytes()
-    _, checkpoint = load_model(weights, path)
-    method = checkpoint["options"]["method"]
-    if policy not in (None, method) and (policy, method) != ("no-demo", "tecnets"):
-        raise UserError(f"{path} is of the method {method}: leave --policy out, or take another "
-                        "checkpoint")
-    if checkpoint["data"]["benchmark"] != sim.VERSION:
-        raise UserError(f"{path} was not trained on this benchmark's data, and its success here "
-                        "would mean nothing: try it by evaluate.rollout in an environment of its "
-                        "own data (README.md)")
-    return weights, checkpoint
-
-
 def main():
     args = parse()
     policy, weights, checkpoint = args.policy, None, None
     if policy not in ("expert", "random"):
-        weights, checkpoint = read_network(args.checkpoint, policy)
-        policy = policy or checkpoint["options"]["method"]
+        weights = Path(args.checkpoint).read_bytes()  # once: all trials have the same
+        _, checkpoint = load_model(weights, args.checkpoint)
+        if checkpoint["data"]["benchmark"] != sim.VERSION:
+            raise UserError(f"{args.checkpoint} was not trained on this benchmark's data, and its "
+                            "success here would mean nothing: try it by evaluate.rollout in an "
+                            "environment of its own data (README.md)")
+        method = checkpoint["options"]["method"]
+        if policy and method != "tecnets":
+            raise UserError(f"no-demo is TecNets without a sentence, {args.checkpoint} is {method}")
+        policy = policy or method
     tasks = sorted(set(args.only)) if args.only else list(range(args.tasks))
-    demo_look = args.demo_look or args.look
-    shots, data_folder, demos = [0], None, [FULL_DATA["seed"], FULL_DATA["demos"]]
-    if policy in METHODS:
-        shots = sorted(set(args.shots))
-        if (Path(args.data) / "manifest.json").exists():
-            manifest = read_manifest(args.data)
-            demos = [manifest["seed"], manifest["demos"]]
-            if manifest["benchmark"] != sim.VERSION:
-                raise UserError(f"{args.data} is not data of this benchmark: give another --data")
-            usable = demo_look == "default" and not manifest.get("looks")
-            if usable and max(tasks) < manifest["tasks"].get(args.split, 0):  # else recorded
-                data_folder = args.data
-        if max(shots) > demos[1]:
-            raise UserError(f"{max(shots)} shots need as many demonstrations, a task has "
-                            f"{demos[1]}: lower --shots")
+    shots = [0] if args.policy else sorted(set(args.shots))
     evaluation = {
         "benchmark": sim.VERSION, "policy": policy, "split": args.split,
         "tasks": tasks if args.only else args.tasks, "trials": args.trials, "seed": args.seed,
         "redraw": args.redraw, "gif": args.gif, "film_failures": args.film_failures,
-        "look": args.look, "demo_look": demo_look,
-        "shots": shots, "demos": demos,
+        "look": args.look, "demo_look": args.demo_look or args.look, "shots": shots,
         "checkpoint": weights and hashlib.sha256(weights).hexdigest()}
     claim(args.out / "evaluation.json", evaluation)
     jobs = []
@@ -310,7 +267,7 @@ def main():
         for index in tasks:
             path = args.out / "trials" / f"task{index:02d}-shots{k}.json"
             filmed = index in tasks[:args.gif]
-            jobs.append((path, evaluation, index, k, weights, data_folder, filmed))
+            jobs.append((path, evaluation, index, k, weights, filmed))
     if missing := make_files(try_task, jobs, args.workers, args.shard):
         return print(f"{args.out}: {missing} of {len(jobs)} files still to come from other shards")
     results = []
@@ -319,14 +276,12 @@ def main():
         rows = [row for file in files for row in file["trials"]]
         seconds = sum(file["seconds"] for file in files)
         results.append(summary(policy, args.split, k, args.seed, rows, seconds))
-    report = {"evaluation": evaluation, "machine": machine(), "results": results}
+    report = {"evaluation": evaluation, "machine": {**machine(), "threads": 1}, "results": results}
     if checkpoint:
         names = "step", "seconds", "options", "machine"
         report["network"] = {name: checkpoint[name] for name in names}
     write_json(args.out / "results.json", report)
     print(table(results))
-    if films := sorted(map(str, args.out.glob("*.gif"))):
-        print("films:", *films)
 
 
 if __name__ == "__main__":

@@ -23,9 +23,9 @@ class GymPushEnv(sim.PushEnv, gymnasium.Env):
 
     def __init__(self, split="train", tasks=1, dense_reward=False, images=True,
                  image_size=sim.IMAGE_SIZE, render_mode=None):
-        super().__init__(image_size, render_mode)
+        super().__init__(image_size, images)
         self.split, self.tasks, self.dense_reward = split, tasks, dense_reward
-        self.images = images  # in the observations, whatever the render_mode
+        self.render_mode = render_mode
         self.action_space = Box(-1, 1, (sim.ACTION_DIM,))
         self.observation_space = Dict(state=Box(-np.inf, np.inf, (sim.STATE_DIM,)))
         if images:

@@ -5,28 +5,27 @@
 
 The data of github.com/tianheyu927/mil (Finn et al., CoRL 2017) hold for every task I a pickle,
 `demos_I.pkl` in the folder of training tasks and `I.pkl` in that of test tasks, beside its GIFs
-`object_I/condJ.samp0.gif`.
+`object_I/condJ.samp0.gif`. An interrupted import is begun anew in another folder.
 """
-import argparse
 import pickle
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageSequence
 
-from common import HelpFormatter, UserError, cores, make_files, run_program
-from data import FORMAT, FULL_DATA, claim_data, task_path, write_task
+from common import UserError, option_parser, run_program
+from data import FULL_DATA, write_data_set
 
-HORIZON, IMAGE_SIZE, STATE_DIM, ACTION_DIM = 100, 125, 20, 7
+HORIZON, IMAGE_SIZE = 100, 125
 MIL_DEMOS = range(6, 18)  # of 24: those that the papers use, the target on either side
-MIL_SHAPES = {"demoX": (24, HORIZON, STATE_DIM), "demoU": (24, HORIZON, ACTION_DIM)}
+MIL_SHAPES = {"demoX": (24, HORIZON, 20), "demoU": (24, HORIZON, 7)}  # states, actions
 
 
 def number_of(path):
     return int(path.stem.removeprefix("demos_"))
 
 
-def import_mil(train_folder, test_folder, folder, val, workers):
+def import_mil(train_folder, test_folder, folder, val):
     """Turn MIL's folders into a data set; the last `val` training tasks are to validate on.
 
     Raises UserError for missing tasks or other shapes than those of pushing.
@@ -38,25 +37,19 @@ def import_mil(train_folder, test_folder, folder, val, workers):
                         f"{test_folder} {len(test)} test tasks: give MIL's folders, and a --val "
                         "below the number of training tasks")
     paired = [*map(number_of, train)] == [*range(len(train))] and val % 2 == len(train) % 2
-    manifest = dict(
-        format=FORMAT, benchmark=None, seed=None, demos=len(MIL_DEMOS), image_height=IMAGE_SIZE,
-        image_width=IMAGE_SIZE, state_dim=STATE_DIM, action_dim=ACTION_DIM, mirror=None,
-        recolour=False, pairs=paired)
     paths = {"train": train[:-val], "val": train[-val:], "test": test}
-    claim_data(Path(folder), manifest, {split: len(paths[split]) for split in paths})
-    jobs = [(task_path(folder, split, index), path)
-            for split in paths for index, path in enumerate(paths[split])]
-    make_files(_import_task, jobs, workers)
+    write_data_set(folder, {split: map(read_task, paths[split]) for split in paths}, pairs=paired)
 
 
-def _import_task(path, source):
-    arrays = read_pickle(source)
+def read_task(path):
+    """The demonstrations of a task's pickle, as data.write_data_set takes them."""
+    arrays = read_pickle(path)
     shapes = {name: array.shape for name, array in arrays.items()}
     if shapes != MIL_SHAPES:
-        raise UserError(f"{source} is not of pushing: it has {shapes}, not {MIL_SHAPES}")
-    gifs = source.parent / f"object_{number_of(source)}"
-    write_task(path, [{"states": arrays["demoX"][i], "actions": arrays["demoU"][i],
-                       "frames": read_gif(gifs / f"cond{i}.samp0.gif")} for i in MIL_DEMOS])
+        raise UserError(f"{path} is not of pushing: it has {shapes}, not {MIL_SHAPES}")
+    gifs = path.parent / f"object_{number_of(path)}"
+    return [{"states": arrays["demoX"][i], "actions": arrays["demoU"][i],
+             "frames": read_gif(gifs / f"cond{i}.samp0.gif")} for i in MIL_DEMOS]
 
 
 class ArraysUnpickler(pickle.Unpickler):
@@ -100,20 +93,17 @@ def read_gif(path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=HelpFormatter)
+    parser = option_parser(__doc__, "%(prog)s TRAIN TEST --out FOLDER [--val N]")
     add = parser.add_argument
-    add("train", help="MIL's folder of training tasks")
-    add("test", help="MIL's folder of test tasks")
+    add("train", metavar="TRAIN", help="MIL's folder of training tasks")
+    add("test", metavar="TEST", help="MIL's folder of test tasks")
     add("--out", required=True, help="folder of the data set")
     add("--val", type=int, default=FULL_DATA["tasks"]["val"],
         help="the last training tasks, to validate on")
-    add("--workers", type=int, default=cores(), help="processes")
     args = parser.parse_args()
-    import_mil(args.train, args.test, args.out, args.val, args.workers)
+    import_mil(args.train, args.test, args.out, args.val)
     print(f"{args.out}: all tasks there")
 
 
 if __name__ == "__main__":
-    import mil_data  # so that workers find its functions under this name
-    run_program(mil_data.main)
+    run_program(main)

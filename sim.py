@@ -44,9 +44,9 @@ MAX_CLEARANCE = 0.45  # the start area has places that far apart
 START_SPEED = 0.005  # joint velocities at the start, U(-0.005, 0.005) rad/s
 
 # A scene mirrored in the x-z plane, y for -y, is again a valid scene. The signs that mirror it:
-MIRRORED_ACTION = np.array([-1, 1, -1, 1, -1, 1, -1], np.float32)
-MIRRORED_STATE = np.float32([*MIRRORED_ACTION, *MIRRORED_ACTION, 1, -1, 1, 1, -1, 1])
-MIRROR = {"states": MIRRORED_STATE.tolist(), "actions": MIRRORED_ACTION.tolist()}  # for a manifest
+_JOINT_SIGNS = [-1.0, 1.0, -1.0, 1.0, -1.0, 1.0, -1.0]
+MIRROR = {"states": [*_JOINT_SIGNS, *_JOINT_SIGNS, 1.0, -1.0, 1.0, 1.0, -1.0, 1.0],
+          "actions": _JOINT_SIGNS}
 
 # The objects. 999 usable meshes of pybullet_data/random_urdfs (168 holds NaNs), split for good.
 SPLITS = ("train", "val", "test")
@@ -237,7 +237,7 @@ def _mesh(mesh_id):
 
 
 def body_shape(body):
-    """Scale (3,), centre (3,) in mesh units and horizontal radius (m) that give a body its size."""
+    """Scale (3,) and centre (3,) of a body's mesh; its vertices (V, 3) about the centre, scaled."""
     path, vertices, _ = _mesh(body.mesh_id)
     low, high = vertices.min(0), vertices.max(0)
     width, height = (high - low)[:2].max(), (high - low)[2]
@@ -246,8 +246,7 @@ def body_shape(body):
     scale = body.size / width
     scale = np.array([scale, scale, np.clip(height * scale, *HEIGHT) / height])
     centre = (low + high) / 2
-    radius = np.linalg.norm(((vertices - centre) * scale)[:, :2], axis=1).max()
-    return scale, centre, float(radius)
+    return scale, centre, (vertices - centre) * scale
 
 
 def _normals(vertices, faces):
@@ -348,8 +347,7 @@ def _simplified(vertices, faces):
     vertices = sums / np.bincount(cell)[:, None]
     faces = cell[faces]
     faces = faces[(faces != np.roll(faces, 1, 1)).all(1)]
-    no_uvs = np.zeros((len(vertices), 2))
-    return _obj(faces, v=vertices, vt=no_uvs, vn=_normals(vertices, faces))
+    return _obj(faces, v=vertices, vt=vertices, vn=_normals(vertices, faces))  # no texture: any vt
 
 
 def _box(low, high):
@@ -381,7 +379,6 @@ def _background(size, look):
                                     rgbaColor=(*GOAL_RGB, 1))
     client.createMultiBody(0, -1, disc, (0, 0, 0.001))
     pixels, _ = _camera(client, size, (0, 0, size, size), look)
-    client.disconnect()
     return pixels
 
 
@@ -429,22 +426,21 @@ def _window(points, size, look):
 class PushEnv:
     """The pushing task, with the calls of a Gymnasium environment (gym_push.py makes it one).
 
-    An observation is a dict of `state` (20,) float32 and, with the render_mode "rgb_array", `image`
-    (image_size, image_size, 3) uint8, both of the same instant. The reward is 1.0 while the target
-    is within SUCCESS_DISTANCE of the goal. `info` has `distance` (of the target from the goal),
-    `distractor_displacement`, `success`, and `lost`: an object is wholly below or off the table.
-    An episode's course depends on the task, the seed and the actions only: every reset starts a
-    fresh physics client. With render_mode None, too, render and picture work.
+    An observation is a dict of `state` (20,) float32 and, with `images`, `image` (image_size,
+    image_size, 3) uint8, both of the same instant. The reward is 1.0 while the target is within
+    SUCCESS_DISTANCE of the goal. `info` has `distance` (of the target from the goal),
+    `distractor_displacement`, `success`, and `lost`: an object is wholly below the table, or its
+    centre off it. An episode's course depends on the seed, the options of reset and the actions
+    only: every reset starts a fresh physics client.
     """
 
-    def __init__(self, image_size=IMAGE_SIZE, render_mode="rgb_array"):
-        self.image_size, self.render_mode = image_size, render_mode
-        self.images = render_mode == "rgb_array"  # in the observations
+    def __init__(self, image_size=IMAGE_SIZE, images=True):
+        self.image_size, self.images = image_size, images
         self.client = self._rng = None
 
     def reset(self, *, seed=None, options=None):
-        """Start an episode; `options` holds the `task` and, if wanted, the target's `side` (1, -1)
-        and the scene's `look`.
+        """Start an episode; `options` holds the `task` and, if wanted, the scene's `look` and the
+        target's `side`, the sign of its y.
 
         With the option `swap` the distractor is placed first, the target second: the tasks of a
         pair, one of them swapped, start from the same scene for the same seed. Without a seed the
@@ -486,17 +482,13 @@ class PushEnv:
         return self._observe(), reward, False, self.steps >= HORIZON, self._info()
 
     def render(self):
-        """The scene as it is now, (image_size, image_size, 3) uint8."""
-        return self.picture(self.image_size)
-
-    def picture(self, image_size):
         """The scene as it is now, (image_size, image_size, 3) uint8, antialiased.
 
         The bodies are drawn over the empty scene: the same picture as drawing it all, but faster.
         """
-        size, look = image_size * SUPERSAMPLE, self.look
+        size, look = self.image_size * SUPERSAMPLE, self.look
         pixels = _background(size, look).copy()
-        window = [SUPERSAMPLE * x for x in _window(self._drawn_points(), image_size, look)]
+        window = [SUPERSAMPLE * x for x in _window(self._drawn_points(), self.image_size, look)]
         left, top, right, bottom = window
         if left < right and top < bottom:
             drawn, body = _camera(self.client, size, window, look)
@@ -510,9 +502,7 @@ class PushEnv:
 
     def close(self):
         """End the physics client; the environment can be reset again."""
-        if self.client:
-            self.client.disconnect()
-            self.client = None
+        self.client = None
 
     @property
     def target_position(self):
@@ -547,17 +537,17 @@ class PushEnv:
     def _place_objects(self, side, swap):
         """Put the objects on the two sides of the table, and let them come to rest there."""
         client, order = self.client, -1 if swap else 1
-        bodies, places, ids = [self.task.target, self.task.distractor][::order], [], []
+        bodies, places = [self.task.target, self.task.distractor][::order], []
         side = side * order if side else self._rng.choice((-1, 1))
         shapes = [body_shape(body) for body in bodies]
-        clearance = max(OBJECT_CLEARANCE, shapes[0][2] + shapes[1][2])
+        radii = [np.linalg.norm(vertices[:, :2], axis=1).max() for *_, vertices in shapes]
+        clearance = max(OBJECT_CLEARANCE, sum(radii))
         if clearance > MAX_CLEARANCE:  # no places would ever be found
             raise ValueError(f"the bodies need {clearance:.2f} m between them, there are "
                              f"{MAX_CLEARANCE}: take smaller ones")
         while not places or np.linalg.norm(places[0] - places[1]) <= clearance:
             places = [self._draw_place(side), self._draw_place(-side)]
-        for body, shape, place in zip(bodies, shapes, places):
-            ids.append(self._load_body(body, shape, place))
+        ids = [*map(self._load_body, bodies, shapes, places)]
         self.target, self.distractor = ids[::order]
         for _ in range(120):  # of PyBullet's 1/240 s, to come to rest; then back to the place
             client.stepSimulation()
@@ -574,9 +564,8 @@ class PushEnv:
 
     def _load_body(self, body, shape, place):
         """Its PyBullet number. The body floats 1 mm above its place (2,), turned at random."""
-        client, (scale, centre, _) = self.client, shape
-        path, vertices, faces = _mesh(body.mesh_id)
-        vertices = (vertices - centre) * scale
+        client, (scale, centre, vertices) = self.client, shape
+        path, _, faces = _mesh(body.mesh_id)
         half = np.ptp(vertices, axis=0) / 2
         turn = client.getQuaternionFromEuler((0, 0, self._rng.uniform(-np.pi, np.pi)))
         collision = client.createCollisionShape(
@@ -672,17 +661,18 @@ JOINT_GAIN = 14.0  # 1/s, of the joint velocities' error
 POSTURE = np.array([0, 1.4, 0, -1.5, 0, 0, 0])  # what the arm's spare degree of freedom tends to
 # Its demonstrations.
 NOISE = 0.1  # std of the noise on the executed actions; the clean ones are recorded
-CLEAN_ATTEMPTS = 20  # later ones may end up to SUCCESS_DISTANCE off or move the distractor
+CLEAN_ATTEMPTS = 20  # later ones need only succeed
 ATTEMPTS = 40
 
 
 def record_demo(env, task, number, seed, look=Look()):
     """Record one demonstration of a task; those with even and odd numbers start on different sides.
 
-    The expert's action plus noise is executed, the clean action is recorded. An attempt that fails,
-    moves the distractor or leaves the target off the disc is redrawn, up to ATTEMPTS times.
-    `env` must have images. Returns a dict of `frames` (100, H, W, 3) uint8, `states` (100, 20) and
-    `actions` (100, 7) float32; it depends on (task, number, seed, look) only.
+    The expert's action plus noise is executed, the clean action is recorded. An attempt that fails
+    is redrawn, up to ATTEMPTS times; the first CLEAN_ATTEMPTS are, too, if they move the distractor
+    or end STRICT_DISTANCE off. `env` must have images. Returns a dict of `frames` (100, H, W, 3)
+    uint8, `states` (100, 20) and `actions` (100, 7) float32; it depends on (task, number, seed,
+    look) and the size of the images only.
     """
     options = {"task": task, "side": 1 if number % 2 else -1, "look": look}
     for attempt in range(ATTEMPTS):

@@ -230,17 +230,15 @@ class Policy(nn.Module):
         device = self.state_mean.device.type
         return torch.autocast(device, torch.bfloat16, enabled=self.use_bfloat16)
 
-    def check_sizes(self, pictures, states=None):
-        """Raise ValueError for sizes that are not the settings': some would give wrong actions."""
-        c = self.settings
-        sizes = (c.image_height, c.image_width, 3), c.state_dim
-        given = tuple(pictures.shape[-3:]), sizes[1] if states is None else states.shape[-1]
-        if given != sizes:
-            raise ValueError(f"sizes of picture and state are {given}, the network's are {sizes}")
+    def check_size(self, pictures):
+        """Raise ValueError for pictures of another size: some would give wrong actions."""
+        size = self.settings.image_height, self.settings.image_width, 3
+        if pictures.shape[-3:] != size:
+            raise ValueError(f"pictures are {tuple(pictures.shape[-3:])}, the network's {size}")
 
     def predict_normalised(self, images, states, context):
         """As `predict`, but the actions stay normalised."""
-        self.check_sizes(images, states)
+        self.check_size(images)
         states = (states - self.state_mean) / self.state_std
         with self.autocast():
             return self.respond(images, states, context).to(states.dtype)
@@ -286,78 +284,57 @@ class TecNets(Policy):
     def respond(self, images, states, s):
         return self.control_net(images, states, s)
 
-    def losses(self, batch):
-        """The total loss on a batch and its terms (section 3), in one process: a dict of scalars.
+    def losses(self, batch, chunk=256):
+        """The total loss on a batch and its terms (section 3): a dict of scalars.
 
         They are loss, loss_emb, loss_U, loss_q, all means (the paper sums over tasks), and, without
-        gradient, accuracy. Both control losses are given s_U.
+        gradient, accuracy. Both control losses are given s_U. Of more than `chunk` demonstrations
+        of a set, or control images (but at least a task's), no activations are kept: they are
+        computed again in backward. Where only a part of the batch's tasks is in this process,
+        loss_emb and accuracy are of the whole batch.
         """
-        c = self.settings
-        s_U, loss_emb, accuracy = self._compare(batch)
-        samples = batch["images"], batch["states"], batch["actions"]
-        loss_U = self.imitation_loss(*(values[:, 0] for values in samples), s_U)
-        loss_q = self.imitation_loss(*(values[:, 1] for values in samples), s_U)
-        loss = c.lambda_emb * loss_emb + c.lambda_U * loss_U + c.lambda_q * loss_q
-        return dict(loss=loss, loss_emb=loss_emb, loss_U=loss_U, loss_q=loss_q, accuracy=accuracy)
-
-    def backward(self, batch, chunk=256):
-        """The same as losses(batch)["loss"].backward(), in bounded memory; the terms, detached.
-
-        The sentences are cut off as leaves. The control losses run in chunks of whole tasks (at
-        most `chunk` images, at least one task), each with a backward of its own, which adds to the
-        leaves' gradient. One backward through the embedding network starts from that gradient and
-        from L_emb. Gradients accumulate. Where b of the B tasks of a batch are in this process, it
-        gives its share of the gradients and terms: add up those of all processes.
-        """
-        c = self.settings
-        images, states, actions = batch["images"], batch["states"], batch["actions"]
-        b, M = images.shape[0], images.shape[2]
-        B = b * processes()
-        s_U, loss_emb, accuracy = self._compare(batch, chunk)
-        leaf = s_U.detach().requires_grad_()
-        loss_U = loss_q = 0.0
-        size = max(1, chunk // (2 * M))
-        for start in range(0, b, size):
-            at = slice(start, start + size)
-            prediction = self.predict_normalised(
-                images[at].flatten(1, 2), states[at].flatten(1, 2), leaf[at]).unflatten(1, (2, M))
-            expected = self.normalise_actions(actions[at])  # (tasks of the chunk, 2, M, A)
-            share = len(expected) / B
-            part_U = share * control_loss(prediction[:, 0], expected[:, 0])
-            part_q = share * control_loss(prediction[:, 1], expected[:, 1])
-            (c.lambda_U * part_U + c.lambda_q * part_q).backward()
-            loss_U, loss_q = loss_U + part_U.detach(), loss_q + part_q.detach()
-        if s_U.requires_grad:  # unless the embedding network is frozen
-            torch.autograd.backward([c.lambda_emb * loss_emb, s_U], [None, leaf.grad])
-        loss_emb, accuracy = b / B * loss_emb.detach(), b / B * accuracy
-        loss = c.lambda_emb * loss_emb + c.lambda_U * loss_U + c.lambda_q * loss_q
-        return dict(loss=loss, loss_emb=loss_emb, loss_U=loss_U, loss_q=loss_q, accuracy=accuracy)
-
-    def _compare(self, batch, chunk=None):
-        """The sentences s_U (B, E) of the support sets, the embedding loss, the accuracy."""
-        c = self.settings
+        c, M = self.settings, batch["images"].shape[2]
         s_U = self.embed(batch["frames_U"], chunk)  # (B, E)
         s_q = self.embeddings(batch["frames_q"], chunk)  # (B, Q, E)
         if c.normalise_queries:
             s_q = F.normalize(s_q, dim=-1)
-        loss, accuracy = embedding_loss(
+        loss_emb, accuracy = embedding_loss(
             gathered(s_U), gathered(s_q), c.margin, c.negatives, c.hinge_mean)
-        return s_U, loss, accuracy
+        samples = batch["images"].flatten(1, 2), batch["states"].flatten(1, 2)  # (B, 2 M, ...)
+        predicted = in_parts(self.predict_normalised, max(1, chunk // (2 * M)), *samples, s_U)
+        predicted = predicted.unflatten(1, (2, M))  # (B, 2, M, A)
+        expected = self.normalise_actions(batch["actions"])
+        loss_U = control_loss(predicted[:, 0], expected[:, 0])
+        loss_q = control_loss(predicted[:, 1], expected[:, 1])
+        loss = c.lambda_emb * loss_emb + c.lambda_U * loss_U + c.lambda_q * loss_q
+        return dict(loss=loss, loss_emb=loss_emb, loss_U=loss_U, loss_q=loss_q, accuracy=accuracy)
+
+    def backward(self, batch, chunk=256):
+        """Add the gradient of the loss on a batch to the parameters'; the terms, detached.
+
+        One of several processes, which have equally many of the batch's tasks, gives its share: add
+        up the gradients and the terms of all.
+        """
+        losses, share = self.losses(batch, chunk), 1 / processes()
+        # L_emb is of all tasks, but has here the gradient of this process's sentences only: no
+        # other process counts that, so it is taken whole.
+        rest = (1 - share) * self.settings.lambda_emb * losses["loss_emb"]
+        (share * losses["loss"] + rest).backward()
+        return {name: share * value.detach() for name, value in losses.items()}
 
     def embeddings(self, frames, chunk=None):
-        """f_theta of (..., n, H, W, 3) uint8 -> (..., E).
-
-        More than `chunk` demonstrations run in parts whose activations are not kept, but computed
-        again in backward.
-        """
-        demos = frames.flatten(0, -5)
+        """f_theta of (..., n, H, W, 3) uint8 -> (..., E); `chunk` as in `losses`."""
         with self.autocast():
-            if chunk is None or demos.shape[0] <= chunk:
-                f = self.embedding_net(demos)
-            else:
-                f = torch.cat([checkpoint(self.embedding_net, part, use_reentrant=False)
-                               for part in demos.split(chunk)])
+            f = in_parts(self.embedding_net, chunk, frames.flatten(0, -5))
         return f.unflatten(0, frames.shape[:-4])
+
+
+def in_parts(function, size, *tensors):
+    """function(*tensors); more than `size` rows in parts that are computed again in backward."""
+    if size is None or len(tensors[0]) <= size:
+        return function(*tensors)
+    parts = zip(*(tensor.split(size) for tensor in tensors))
+    return torch.cat([checkpoint(function, *part, use_reentrant=False) for part in parts])
 
 
 # Same numbers, faster: the first convolution --------------------------------------------------

@@ -8,7 +8,7 @@
 
 writes into runs/NAME: log.jsonl, curves.png, last.pt (all that `--resume` needs) and step-N.pt
 (weights alone, after the last step; `--snapshots 4` keeps three earlier ones). With `--resume` an
-interrupted run ends with the same numbers as an uninterrupted one.
+interrupted run loses a minute at most, and ends with the same numbers as an uninterrupted one.
 
 `torchrun --nproc-per-node N train.py ...` shares every batch's tasks among N processes (and GPUs):
 the same numbers up to the order of summation. srun and mpirun do as well, with MASTER_ADDR and
@@ -21,7 +21,6 @@ import fcntl
 import io
 import json
 import math
-import signal
 import statistics
 import time
 import zipfile
@@ -34,7 +33,7 @@ import torch.nn.functional as F
 
 import baselines
 import tecnets
-from common import (HelpFormatter, UserError, installed_packages, launched, learning_curves,
+from common import (UserError, installed_packages, launched, learning_curves, option_parser,
                     progress, run_program, write_atomically)
 from data import FULL_DATA, TaskLoader, TaskSet, generate, read_manifest, task_path
 from tecnets import TecNets, embedding_loss, processes
@@ -66,7 +65,7 @@ MADE_DATA = {  # when absent
     "data/smoke": {"tasks": {"train": 16, "val": 4}, "demos": 6, "seed": 0},
 }
 SIZES = [field.name for field in fields(tecnets.Sizes)]  # settings that the data tell
-CHANGEABLE = "device", "data", "loader_threads"  # options that a resumed run may change
+CHANGEABLE = "device", "data", "loader_threads", "resume", "name"  # by a resumed run
 HELP = {  # of settings
     "demo_frames": "evenly spaced frames of a demonstration that are read",
     "embedding_dim": "numbers in a sentence",
@@ -90,15 +89,14 @@ HELP = {  # of settings
 
 
 def parse(argv=None):
-    """(all options, those that were given)."""
+    """All options; None where nothing is given and the data, the processor or the run decide."""
     recipe = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     recipe.add_argument("--method", choices=METHODS, default="tecnets",
                         help="each has options of its own: see --method NAME --help")
     recipe.add_argument("--preset", choices=PRESETS, default="ours", help="changes defaults")
     chosen, _ = recipe.parse_known_args(argv)
     _, settings, changed = METHODS[chosen.method]
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, parents=[recipe],
-                                     usage="%(prog)s [options]", formatter_class=HelpFormatter)
+    parser = option_parser(__doc__, parents=[recipe])
     flag = dict(type=int, choices=(0, 1))
     add = parser.add_argument
     add("--name", help="of the run's folder in runs/; the method's or the preset's by default")
@@ -123,7 +121,8 @@ def parse(argv=None):
         "drawn at random, in radians (paper: 0); 0.6 by default where --recolour is allowed")
     add("--pairs", **flag, help="1: tasks of the same objects are drawn together (paper: 0); by "
         "default where the data have pairs")
-    add("--chunk", type=int, default=256, help="images that a backward pass holds in memory")
+    add("--chunk", type=int, default=256, help="images of which a backward pass keeps the "
+        "activations; of more they are computed again")
     add("--loader-threads", type=int, default=1, help="that prepare batches; a GPU wants several")
     add("--lr", type=float, default=1e-3, help="Adam's learning rate, the peak of the schedule")
     add("--schedule", choices=("one-cycle", "constant", "hold"), default="one-cycle",
@@ -145,10 +144,7 @@ def parse(argv=None):
     if chosen.preset in ("paper", "quick") and chosen.method != "tecnets":
         parser.error(f"--preset {chosen.preset} is a recipe of tecnets: leave it out")
     parser.set_defaults(**{**PRESETS[chosen.preset], **changed})
-    options, unset = vars(parser.parse_args(argv)), object()
-    # Again over options that all hold a mark: where the mark stays, nothing was given.
-    given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(options, unset)))
-    return options, {name: value for name, value in vars(given).items() if value is not unset}
+    return vars(parser.parse_args(argv))
 
 
 # Machines -------------------------------------------------------------------------------------
@@ -377,14 +373,14 @@ class Run:
             print(f"{self.folder}: goes on to other numbers than without the interruption, as the "
                   f"machine is another: {'; '.join(others)}", flush=True)
 
-    def train(self, stop):
-        """Train to the last step, or until `stop()` in any process; last.pt holds the state."""
+    def train(self):
+        """Train to the last step; last.pt is about a minute old at the most."""
         o, model = self.options, self.model
         begun_at, saved = self.step, time.monotonic()
         began = saved - self.seconds
         n = o["snapshots"]
         snapshots = {math.ceil(self.steps * (i + 1) / n) for i in range(n)}
-        while self.step < self.steps and not self.agree(stop()):
+        while self.step < self.steps:
             losses = model.backward(to_tensors(next(self.loader), o["device"]), o["chunk"])
             gradients = [p.grad for p in model.parameters() if p.grad is not None]
             add_up([*gradients, *losses.values()])
@@ -419,12 +415,6 @@ class Run:
         if self.step > begun_at:  # a finished run keeps its bytes: evaluations know it by them
             self.save("last.pt")
 
-    def agree(self, stop):
-        """Whether any process is to stop."""
-        stops = torch.tensor(int(stop), device=self.options["device"])
-        add_up([stops])
-        return bool(stops)
-
     def show(self, losses):
         pace, left = self.step / self.seconds, self.steps - self.step
         values = "  ".join(f"{name} {value:.4g}" for name, value in losses.items())
@@ -432,7 +422,7 @@ class Run:
                  f"{left / pace / 60:.1f} min left", end=not left)
 
 
-def choose(folder, options, given):
+def choose(folder, options):
     """(the run's options, its checkpoint or None) of a new run, or of one to be resumed.
 
     Raises UserError if the folder holds a run that is not to be resumed, or one of other options.
@@ -447,20 +437,20 @@ def choose(folder, options, given):
                         "delete it")
     checkpoint = load_checkpoint(path.read_bytes(), path)
     begun = checkpoint["options"]
-    for name, value in given.items():
-        if value != begun.get(name) and name not in (*CHANGEABLE, "resume", "name"):
+    for name, value in options.items():
+        if value not in (None, begun.get(name)) and name not in CHANGEABLE:
             raise UserError(f"{folder} was begun with another --{name.replace('_', '-')} "
-                            f"({begun.get(name)}): resume without it, or start another --name")
-    changed = {name: given[name] for name in CHANGEABLE if name in given}
-    return {**begun, **changed}, checkpoint
+                            f"({begun.get(name)}): repeat its command, or start another --name")
+    return {**begun, **{name: options[name] for name in CHANGEABLE}}, checkpoint
 
 
-def start(folder, options, given):
+def start(folder, options):
     """The new or resumed run of a folder."""
-    options, checkpoint = choose(folder, options, given)
+    options, checkpoint = choose(folder, options)
     other_data = UserError(f"{options['data']} is not the data set that {folder} was begun with: "
                            "bring that one back, or say with --data where it is")
-    if checkpoint and (Path(options["data"]) / "manifest.json").exists():
+    moved = checkpoint and options["data"] != checkpoint["options"]["data"]
+    if moved or checkpoint and (Path(options["data"]) / "manifest.json").exists():
         manifest = read_manifest(options["data"])
         if manifest | checkpoint["data"] != manifest:
             raise other_data
@@ -482,12 +472,12 @@ def start(folder, options, given):
 
 
 def main():
-    options, given = parse()
-    folder = Path("runs") / (options["name"] or (
-        options["method"] if "method" in given else options["preset"]))
+    options = parse()
+    method, preset = options["method"], options["preset"]
+    folder = Path("runs") / (options["name"] or (preset if method == "tecnets" else method))
     keep_freed_memory()
     folder.mkdir(parents=True, exist_ok=True)
-    is_first, signals = launched()[0] == 0, []
+    is_first = launched()[0] == 0
     with open(folder / ".lock", "w") as lock:
         try:
             if is_first:
@@ -496,23 +486,16 @@ def main():
             raise UserError(f"{folder} is being trained by another process: choose another --name")
         for stale in folder.glob("*.unfinished") if is_first else ():  # left by a kill
             stale.unlink()
-        run = start(folder, options, given)
+        run = start(folder, options)
         if is_first:
             print(f"{folder}: step {run.step} of {run.steps}, {run.options['tasks']} training "
                   "tasks; a policy of constant actions has a control loss of "
                   f"{run.log[0]['action_variance']:.4g}", flush=True)
-        before = {name: signal.signal(name, lambda number, _: signals.append(number))
-                  for name in (signal.SIGINT, signal.SIGTERM)}
-        run.train(stop=lambda: bool(signals))
-        for name in before:
-            signal.signal(name, before[name])
+        run.train()
     if is_first:
-        print(f"stopped at step {run.step} of {run.steps}: go on with --resume"
-              if run.step < run.steps else f"{folder}/last.pt: {run.seconds / 60:.1f} min")
+        print(f"{folder}/last.pt: {run.seconds / 60:.1f} min")
     if dist.is_initialized():
         dist.destroy_process_group()
-    if run.step < run.steps:
-        raise SystemExit(128 + (signals or [signal.SIGTERM])[0])
 
 
 if __name__ == "__main__":

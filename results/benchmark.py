@@ -36,9 +36,9 @@ def random_batch(tasks, samples=2, frames=2):
 
 
 def plain_step(model, batch):
-    """The training step as the paper writes it: tiled sentences, one backward of all losses."""
+    """The training step as the paper writes it, with tiled sentences."""
     with mock.patch.object(tecnets, "first_convolution", tecnets.plain_first_convolution):
-        model.losses(batch)["loss"].backward()
+        model.backward(batch)
 
 
 def main():
@@ -48,9 +48,9 @@ def main():
     batch, mil_batch, one = random_batch(B), random_batch(15, 10, 10), random_batch(1)
     image, state, sentence = one["images"][0, 0, 0], one["states"][0, 0, 0], torch.ones(20)
     loader = TaskLoader(TaskSet("data/push", "train", B), B, K=1, M=2)
-    blind, env = sim.PushEnv(render_mode=None), sim.PushEnv()
-    blind.reset(seed=0, options={"task": sim.make_task("train", 0)})
-    env.reset(seed=0, options={"task": sim.make_task("train", 0)})
+    blind, env = sim.PushEnv(images=False), sim.PushEnv()
+    for each in (blind, env):
+        each.reset(seed=0, options={"task": sim.make_task("train", 0)})
     still = np.zeros(sim.ACTION_DIM)
     sides = {
         "step, float32": lambda: model.backward(batch),

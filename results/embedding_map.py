@@ -28,9 +28,9 @@ out = parser.parse_args().out
 model, _ = load_model(SHIPPED.read_bytes())
 test, train = (torch.from_numpy(TaskSet("data/push", split).ends) for split in ("test", "train"))
 
-s = model.embed(test[:, :, None])  # (N, D, E), each demonstration alone
-total = s.sum(1)  # (N, E)
-own = (s * normalize(total[:, None] - s, dim=-1)).sum(-1)  # (N, D), with its task without it
+f = model.embeddings(test)  # (N, D, E)
+s, total = normalize(f, dim=-1), f.sum(1)  # each demonstration alone; (N, E)
+own = (s * normalize(total[:, None] - f, dim=-1)).sum(-1)  # (N, D), with its task without it
 others = s @ normalize(total).T - 2 * torch.eye(len(s))[:, None]  # (N, D, N), its own put last
 retrieved = (own > others.amax(-1)).float().mean().item()
 nearest = (model.embed(test) @ model.embed(train).T).amax(1).tolist()

@@ -8,8 +8,8 @@ stops the program.
 Folders: seedN holds a run of our recipe: its log.jsonl and a folder for each evaluation. expert and
 random hold the evaluations of these, paper a short run of the paper's recipe. methods/NAME holds a
 baseline's run; `first` in it the run from whose weights it went on. ablations/NAME holds one
-evaluation and the run's log. curve/step-N holds validation trials of the weights at that step. A
-table stands between `<!-- NAME -->` and `<!-- end -->`.
+evaluation and the run's log, quick/NAME and plain/NAME alike. curve/step-N holds validation trials
+of the weights at that step. A table stands between `<!-- NAME -->` and `<!-- end -->`.
 """
 import functools
 import json
@@ -39,6 +39,7 @@ PUBLISHED = {"random": "0.45", "lstm": "34.23 / 31.98", "contextual": "56.98 / 5
              "mil": "66.44 / 70.50", "tecnets": "77.25 / 80.86 (unverified)"}
 COLOURS = {"lstm": "#7f8c8d", "contextual": "#2e86c1", "mil": "#d68910", "tecnets": "#c0392b"}
 CORES = {"lstm": 1, "lstm, continued": 2, "contextual": 1, "mil": 2, "tecnets": 2}  # of older runs
+COLUMNS = [0], [1, 5], [1, 5, 1, 5]  # shots of the README's columns
 FIGURES = ("success [95 % interval]", "final distance < 0.05 m", "distractor moved > 0.03 m",
            "both of a pair")
 
@@ -52,10 +53,14 @@ NOT_COMPARED = ("name", "resume", "validate_every", "validation_batches", "snaps
 
 # Files ----------------------------------------------------------------------------------------
 
+def read(name):
+    return json.loads((HERE / name).read_text())
+
+
 def load(folder):
     """The report of an evaluation, its figures checked against its rows."""
     path = folder / "results.json"
-    report = json.loads(path.read_text())
+    report = read(path)
     for result in report["results"]:
         rows = result["trials"]
         if len(set(map(scene, rows))) < len(rows):
@@ -74,12 +79,6 @@ def log_rows(folder, key):
     """The rows of a run's log that have a key."""
     rows = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
     return [row for row in rows if key in row]
-
-
-def control_loss(folder):
-    """A run's last control loss on validation tasks, and that after the partner's demonstration."""
-    last = log_rows(folder, "val_loss_partner")[-1]
-    return f"{last['val_loss_q']:.4f}, {last['val_loss_partner']:.4f}"
 
 
 def options_of(report):
@@ -146,10 +145,15 @@ def look_alike(index):
     return looks[0].pattern == looks[1].pattern and differences.max() < LOOK_ALIKE
 
 
+def rated(rows):
+    """The rate of rows and its interval."""
+    rate = statistics.mean(row["success"] for row in rows)
+    return {"success_rate": rate, "ci95": interval(rows)}
+
+
 def look_alikes(result):
-    """The result of the trials of look-alike pairs."""
-    rows = [row for row in result["trials"] if look_alike(row["task"])]
-    return summary(result["policy"], result["split"], result["shots"], result["seed"], rows, 0)
+    """The rate in look-alike pairs."""
+    return rated([row for row in result["trials"] if look_alike(row["task"])])
 
 
 def figures(result):
@@ -160,33 +164,30 @@ def figures(result):
 
 def difference(result, other):
     """By how much an evaluation's success exceeds another's in the same scenes."""
-    others, rows = passed(other), []
-    for row in result["trials"]:
-        rows.append({**row, "success": row["success"] - (scene(row) in others)})
-    rate = statistics.mean(row["success"] for row in rows)
-    return percent({"success_rate": rate, "ci95": interval(rows)})
+    others = {scene(row): row["success"] for row in other["trials"]}
+    return percent(rated([{**row, "success": row["success"] - others[scene(row)]}
+                          for row in result["trials"]]))
 
 
 # Tables ---------------------------------------------------------------------------------------
 
 def evaluations(policy, kind="test"):
     """The reports of a policy on test trials, of several seeds where there are."""
-    if policy in ("tecnets", "no-demo"):
-        folders = [seed / (policy if policy == "no-demo" else kind) for seed in SEEDS]
-    else:
-        folders = [METHODS[policy] / kind if policy in METHODS else HERE / policy]
-    return [load(folder) for folder in folders if folder.exists()]
+    places = {"tecnets": f"seed*/{kind}", "no-demo": "seed*/no-demo", "expert": "expert",
+              "random": "random"}
+    place = places.get(policy, f"methods/{policy}/{kind}")
+    return [load(folder) for folder in sorted(HERE.glob(place))]
 
 
 def results():
     rows = [("policy", "published, 1 / 5 shots", "one draw, 1 shot", "one draw, 5 shots",
              "redrawn, 1 shot", "redrawn, 5 shots", "core-hours")]
     for policy in ("random", *METHODS, "no-demo", "expert"):
-        drawn = [[report["results"] for report in evaluations(policy, kind)]
-                 for kind in ("test", "redrawn")[:1 + (policy in METHODS)]]
-        cells = [over_seeds(of_a_shot) for runs in drawn for of_a_shot in zip(*runs)]
-        alike = [over_seeds([*map(look_alikes, of_a_shot)])
-                 for runs in drawn for of_a_shot in zip(*runs)]
+        groups = []  # the seeds' results of one kind and number of shots
+        for kind in ("test", "redrawn")[:1 + (policy in METHODS)]:
+            groups += zip(*(report["results"] for report in evaluations(policy, kind)))
+        assert [group[0]["shots"] for group in groups] in COLUMNS, f"{policy} has other shots"
+        cells = [*map(over_seeds, groups)]
         hours = ""
         if policy in METHODS:
             spent = [trained(policy, report["network"])[1] for report in evaluations(policy)]
@@ -195,6 +196,7 @@ def results():
             cells = [f"**{cell}**" for cell in cells]
         rows.append((NAMES[policy], PUBLISHED.get(policy, ""), *(*cells, "", "", "")[:4], hours))
         if policy == "tecnets":
+            alike = [over_seeds([*map(look_alikes, group)]) for group in groups]
             rows.append(("TecNets, look-alike pairs only", "", *alike, ""))
     return grid(*rows)
 
@@ -214,7 +216,7 @@ def redrawn():
 
 def reads():
     """In how many scenes the first action heads for the object of a demonstration, in %."""
-    heads = json.loads((HERE / "reads.json").read_text())
+    heads = read("reads.json")
     rows = [("given", *(NAMES[method] for method in heads))]
     for kind in heads["tecnets"]:
         ones = [heads[method][kind] for method in heads]
@@ -246,21 +248,14 @@ def methods():
     for method, folder in METHODS.items():
         report = load(folder / "test")
         steps, hours = trained(method, report["network"])
-        once = control_loss(folder), f"{steps:,}", f"{hours:.1f}"
+        last = log_rows(folder, "val_loss_partner")[-1]
+        losses = f"{last['val_loss_q']:.4f}, {last['val_loss_partner']:.4f}"
+        once = losses, f"{steps:,}", f"{hours:.1f}"
         for result in report["results"]:
             more = "" if method == "mil" else difference(result, mil[result["shots"]])
             rows.append((NAMES[method], result["shots"], *figures(result), more, *once))
             once = [""] * len(once)
     return grid(*rows)
-
-
-def curve(method):
-    """[(steps, core-hours, result), ...] on validation trials along a method's run."""
-    points = []
-    for path in METHODS[method].glob("**/curve/*/results.json"):
-        report = load(path.parent)
-        points.append((*trained(method, report["network"]), report["results"][0]))
-    return sorted(points, key=lambda point: point[0])
 
 
 def ablations():
@@ -288,7 +283,7 @@ def ablations():
 
 
 def map_caption():
-    found = json.loads((HERE / "embedding-map.png.json").read_text())
+    found = read("embedding-map.png.json")
     nearness = found["nearest_similarity"]
     return (f"*The sentences of the {found['tasks']} test tasks, each shown by the last frame of "
             f"a demonstration.\nOf {found['demos']} test demonstrations "
@@ -297,10 +292,10 @@ def map_caption():
             f"{statistics.median(nearness):.2f} in the median, {min(nearness):.2f} at least.*")
 
 
-def costs(report):
+def costs():
     """The seconds that benchmark.py measured."""
     rows = [("", "cost")]
-    for name, value in report.items():
+    for name, value in read("benchmark.json").items():
         rows.append((name, f"{1000 * value:.1f} ms" if value < 0.1 else f"{value:.2f} s"))
     return grid(*rows)
 
@@ -310,33 +305,31 @@ def costs(report):
 def success_curves(path):
     """Success on validation trials along each method's run."""
     lines, last = [], 0
-    for method in METHODS:
+    for method, folder in METHODS.items():
         points = []
-        for _, hours, result in curve(method):
-            points.append((hours, 100 * result["success_rate"]))
+        for found in folder.glob("**/curve/*/results.json"):
+            report = load(found.parent)
+            _, hours = trained(method, report["network"])
+            points.append((hours, 100 * report["results"][0]["success_rate"]))
             last = max(last, hours)
-        lines.append((NAMES[method], COLOURS.get(method, "black"), points))
+        lines.append((NAMES[method], COLOURS.get(method, "black"), sorted(points)))
     ticks = range(0, math.ceil(last) + 1)
     chart(path, lines, "core-hours of training", ticks, range(0, 101, 20), legend="bottom")
 
 
-def fill(text, tables):
-    """A text with its tables filled."""
-    for name, table in tables.items():
-        place = f"<!-- {name} -->\n.*?<!-- end -->"
-        filled = f"<!-- {name} -->\n{table}\n<!-- end -->"
-        text, found = re.subn(place, lambda _: filled, text, flags=re.DOTALL)
-        assert found == 1, f"<!-- {name} --> stands {found} times in a README"
-    return text
-
-
 def filled():
     """{path: its text with all tables filled} of both READMEs."""
-    benchmark = json.loads((HERE / "benchmark.json").read_text())
-    own = {"seeds": every_seed(), "methods": methods(), "redrawn": redrawn(), "reads": reads(),
-           "ablations": ablations(), "map": map_caption(), "costs": costs(benchmark)}
-    tables = {HERE.parent / "README.md": {"results": results()}, HERE / "README.md": own}
-    return {path: fill(path.read_text(), tables[path]) for path in tables}
+    tables = {"results": results(), "seeds": every_seed(), "methods": methods(),
+              "redrawn": redrawn(), "reads": reads(), "ablations": ablations(),
+              "map": map_caption(), "costs": costs()}
+    texts = {}
+    for path in (HERE.parent / "README.md", HERE / "README.md"):
+        texts[path] = re.sub(
+            r"<!-- (\w+) -->\n.*?<!-- end -->",
+            lambda place: f"<!-- {place[1]} -->\n{tables.pop(place[1])}\n<!-- end -->",
+            path.read_text(), flags=re.DOTALL)
+    assert not tables, f"{[*tables]} have no place in a README"
+    return texts
 
 
 def main():
