@@ -8,8 +8,9 @@ stops the program.
 Folders: seedN holds a run of our recipe: its log.jsonl and a folder for each evaluation. expert and
 random hold the evaluations of these, paper a short run of the paper's recipe. methods/NAME holds a
 baseline's run; `first` in it the run from whose weights it went on. ablations/NAME holds one
-evaluation and the run's log, quick/NAME and plain/NAME alike, official/NAME two runs of full length.
-curve/step-N holds validation trials of the weights at that step. A table stands between `<!-- NAME -->` and `<!-- end -->`.
+evaluation and the run's log, as do quick/NAME, plain/NAME and official/NAME. curve/step-N holds
+validation trials of the weights at that step. A table stands between `<!-- NAME -->` and
+`<!-- end -->`.
 """
 import functools
 import json
