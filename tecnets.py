@@ -28,11 +28,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-# The paper's side first, then the official code's; hinge_mean="violated" is ours.
+# The paper's side first, then the official code's.
 CHOICES = {
     "support_mean": ("mean-norm", "norm-mean-norm"),
     "negatives": ("sentences", "queries"),  # of other tasks
-    "hinge_mean": ("all", "violated"),  # pairs of tasks: all, or those that violate the margin
 }
 
 
@@ -47,19 +46,18 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Settings(Sizes):
-    """Sizes of the official code, and the losses of the recipe that made the results."""
+    """Sizes and loss weights of the official code; the paper's side where the two disagree."""
     demo_frames: int = 2  # evenly spaced frames of a demonstration; 2 are the first and the last
     embedding_dim: int = 20
     filters: int = 16  # in each of 4 convolutions, 5 x 5, stride 2
     units: int = 200  # in each of 3 fully connected layers
     margin: float = 0.1
     lambda_emb: float = 1.0
-    lambda_U: float = 1.0  # official code: 0.1
-    lambda_q: float = 1.0  # official code: 0.1
+    lambda_U: float = 0.1
+    lambda_q: float = 0.1
     normalise_queries: bool = True  # paper (cosine similarity); official code: raw queries
     support_mean: str = "mean-norm"
     negatives: str = "sentences"
-    hinge_mean: str = "violated"
 
 
 def check_choices(**chosen):
@@ -81,30 +79,28 @@ def sentence(f, support_mean="mean-norm"):
     return F.normalize(f.mean(-2), dim=-1)
 
 
-def embedding_loss(s_U, s_q, margin=0.1, negatives="sentences", hinge_mean="violated"):
+def embedding_loss(s_U, s_q, margin=0.1, negatives="sentences"):
     """L_emb, a hinge on dot products, and the retrieval accuracy: two scalars.
 
     s_U (B, E) are the tasks' sentences, s_q (B, Q, E) those of their queries. The loss is the mean
-    over tasks j, other tasks i and queries of max(0, margin - s_q^j . s_U^j + s_q^j . s_U^i); with
-    hinge_mean="violated" over the positive ones only, so that the few pairs of tasks that look
-    alike are not averaged away. With negatives="queries" (official code) the last product is
-    s_q^i . s_U^j. Gradients flow through both sides. The accuracy is the share of queries whose
-    own product s_q^j . s_U^j beats those with all negatives.
+    over tasks j, other tasks i and queries of max(0, margin - s_q^j . s_U^j + s_q^j . s_U^i). With
+    negatives="queries" (official code) the last product is s_q^i . s_U^j. Gradients flow through
+    both sides. The accuracy is the share of queries whose own product s_q^j . s_U^j beats those
+    with all negatives.
 
     A loss that stays near the margin with an accuracy of about 1 / B is a collapse: all sentences
     are nearly equal. A constant learning rate of 1e-3 can bring it on; a warm-up avoids it.
     """
-    check_choices(negatives=negatives, hinge_mean=hinge_mean)
-    B = len(s_U)
+    check_choices(negatives=negatives)
+    B, Q, _ = s_q.shape
     similarity = torch.einsum("jqe,ie->jqi", s_q, s_U)  # (B, Q, B), [j, q, i] = s_q^j . s_U^i
     positive = similarity.diagonal(dim1=0, dim2=2).T[..., None]  # (B, Q, 1)
     if negatives == "queries":
         similarity = similarity.transpose(0, 2)  # [j, q, i] = s_q^i . s_U^j
-    other = ~torch.eye(B, dtype=torch.bool, device=s_U.device)[:, None]  # (B, 1, B)
-    hinge = (margin - positive + similarity).clamp(min=0)
-    counted = other & ((hinge > 0) | (hinge_mean == "all"))  # (B, Q, B)
-    loss = (hinge * counted).sum() / counted.sum().clamp(min=1)
-    accuracy = (positive > similarity.masked_fill(~other, -torch.inf)).all(-1).float().mean()
+    own = torch.eye(B, dtype=torch.bool, device=s_U.device)[:, None]  # (B, 1, B)
+    hinge = (margin - positive + similarity).clamp(min=0).masked_fill(own, 0)  # (B, Q, B)
+    loss = hinge.sum() / (B * Q * (B - 1))
+    accuracy = (positive > similarity.masked_fill(own, -torch.inf)).all(-1).float().mean()
     return loss, accuracy
 
 
@@ -298,8 +294,7 @@ class TecNets(Policy):
         s_q = self.embeddings(batch["frames_q"], chunk)  # (B, Q, E)
         if c.normalise_queries:
             s_q = F.normalize(s_q, dim=-1)
-        loss_emb, accuracy = embedding_loss(
-            gathered(s_U), gathered(s_q), c.margin, c.negatives, c.hinge_mean)
+        loss_emb, accuracy = embedding_loss(gathered(s_U), gathered(s_q), c.margin, c.negatives)
         samples = batch["images"].flatten(1, 2), batch["states"].flatten(1, 2)  # (B, 2 M, ...)
         predicted = in_parts(self.predict_normalised, max(1, chunk // (2 * M)), *samples, s_U)
         predicted = predicted.unflatten(1, (2, M))  # (B, 2, M, A)

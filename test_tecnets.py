@@ -46,28 +46,26 @@ def test_embedding_loss_by_hand():
     unit = F.normalize(s_q, dim=-1)
     for queries, negatives, loss, accuracy in (
             (s_q, "queries", 0.15, 0.5), (unit, "queries", 0.0, 1.0), (s_q, "sentences", 0.0, 1.0)):
-        got = embedding_loss(s_U, queries, 0.1, negatives, "all")
+        got = embedding_loss(s_U, queries, 0.1, negatives)
         assert [*map(float, got)] == pytest.approx([loss, accuracy])
 
 
-def looped_embedding_loss(s_U, s_q, margin, negatives, hinge_mean):
+def looped_embedding_loss(s_U, s_q, margin, negatives):
     terms = []
     for j, i, k in np.ndindex(len(s_U), *s_q.shape[:2]):
         other = s_q[j, k] @ s_U[i] if negatives == "sentences" else s_q[i, k] @ s_U[j]
-        term = F.relu(margin - s_q[j, k] @ s_U[j] + other)
-        if i != j and (term > 0 or hinge_mean == "all"):
-            terms.append(term)
+        if i != j:
+            terms.append(F.relu(margin - s_q[j, k] @ s_U[j] + other))
     return torch.stack(terms).mean()
 
 
-@parametrize("hinge_mean", ["all", "violated"])
 @parametrize("negatives", ["sentences", "queries"])
-def test_embedding_loss_against_loops(negatives, hinge_mean):
+def test_embedding_loss_against_loops(negatives):
     """Loss and its gradients to both sides; some pairs violate the margin, some do not."""
     torch.manual_seed(1)
     s = [torch.randn(*shape).double().requires_grad_() for shape in ((4, 3), (4, 2, 3))]
-    loss, _ = embedding_loss(*s, 0.3, negatives, hinge_mean)
-    expected = looped_embedding_loss(*s, 0.3, negatives, hinge_mean)
+    loss, _ = embedding_loss(*s, 0.3, negatives)
+    expected = looped_embedding_loss(*s, 0.3, negatives)
     assert_close(loss, expected)
     assert_close(torch.autograd.grad(loss, s), torch.autograd.grad(expected, s))
 
@@ -112,7 +110,7 @@ def looped_losses(model, batch):
         predicted[at] = model.predict(batch["images"][at], batch["states"][at], s_U[[j]])
     errors = (predicted - batch["actions"]) / model.action_std
     loss_U, loss_q = errors.square().mean((0, 2, 3))
-    loss_emb = looped_embedding_loss(s_U, s_q, c.margin, c.negatives, c.hinge_mean)
+    loss_emb = looped_embedding_loss(s_U, s_q, c.margin, c.negatives)
     loss = c.lambda_emb * loss_emb + c.lambda_U * loss_U + c.lambda_q * loss_q
     _, accuracy = embedding_loss(s_U, s_q, negatives=c.negatives)
     return dict(loss=loss, loss_emb=loss_emb, loss_U=loss_U, loss_q=loss_q, accuracy=accuracy)
@@ -120,7 +118,7 @@ def looped_losses(model, batch):
 
 @parametrize("options", [{}, dict(
     support_mean="norm-mean-norm", negatives="queries", margin=0.5, normalise_queries=False,
-    hinge_mean="all", lambda_emb=0.7, lambda_U=0.2, lambda_q=0.5)])
+    lambda_emb=0.7, lambda_U=0.2, lambda_q=0.5)])
 def test_losses_and_gradients_against_loops(options):
     """Of `losses`, and of `backward`."""
     model = small_model(statistics=dict(action_mean=0.25, action_std=0.5), **options)

@@ -38,7 +38,7 @@ from common import (UserError, installed_packages, launched, learning_curves, op
 from data import FULL_DATA, TaskLoader, TaskSet, generate, read_manifest, task_path
 from tecnets import TecNets, embedding_loss, processes
 
-FORMAT = 3  # of a checkpoint
+FORMAT = 4  # of a checkpoint
 CHECKPOINT_SECONDS = 60
 LOG_STEPS = 50
 
@@ -54,7 +54,7 @@ PRESETS = {
     "ours": {},
     "paper": dict(batch=64, support=5, random_support=0, query=5, samples=1, time_exponent=1.0,
                   mirror=0, recolour=0, hue_jitter=0.0, pairs=0, lr=5e-4, schedule="constant",
-                  steps=400_000, lambda_U=0.1, lambda_q=0.1, hinge_mean="all", bfloat16=0),
+                  steps=400_000, bfloat16=0),
     "quick": dict(data="data/quick", support=3, steps=5500, lr=2e-3),
     "smoke": dict(data="data/smoke", batch=8, support=2, query=2, steps=200, validate_every=50,
                   validation_batches=2),
@@ -78,8 +78,6 @@ HELP = {  # of settings
     "normalise_queries": "1: cosine similarity (paper); 0: raw queries (official code)",
     "support_mean": "of embeddings: mean-norm (paper) or norm-mean-norm (official code)",
     "negatives": "other tasks' sentences (paper) or queries (official code)",
-    "hinge_mean": "pairs of tasks over which the hinge is averaged: all (official code), or those "
-                  "that violate the margin (ours)",
     "lstm_units": "of the LSTM",
     "bias_transform": "learned inputs of the first fully connected layer",
     "inner_lr": "rate of the gradient step on a demonstration",
