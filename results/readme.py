@@ -138,9 +138,9 @@ def both(result):
 
 
 @functools.cache
-def look_alike(index):
-    """Whether the objects of a test task have one pattern and nearly the same colours."""
-    task = make_task("test", index)
+def look_alike(split, index):
+    """Whether the objects of a task have one pattern and nearly the same colours."""
+    task = make_task(split, index)
     looks = [body.appearance for body in (task.target, task.distractor)]
     differences = np.ptp([look.colours for look in looks], axis=0)
     return looks[0].pattern == looks[1].pattern and differences.max() < LOOK_ALIKE
@@ -154,7 +154,7 @@ def rated(rows):
 
 def look_alikes(result):
     """The rate in look-alike pairs."""
-    return rated([row for row in result["trials"] if look_alike(row["task"])])
+    return rated([row for row in result["trials"] if look_alike("test", row["task"])])
 
 
 def figures(result):
