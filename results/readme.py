@@ -6,9 +6,9 @@ Every stored rate and interval is first computed again from its trial rows; a fi
 stops the program.
 
 Folders: seedN holds a run of our recipe: its log.jsonl and a folder for each evaluation. expert and
-random hold the evaluations of these, paper a short run of the paper's recipe. methods/NAME holds a
-baseline's run; `first` in it the run from whose weights it went on. ablations/NAME holds one
-evaluation and the run's log, as do quick/NAME, plain/NAME and official/NAME. curve/step-N holds
+random hold the evaluations of these, paper a short run of the paper's recipe, older runs of an
+older one of ours. methods/NAME holds a baseline's run; `first` in it the run from whose weights it
+went on. ablations/NAME and quick/NAME hold one evaluation and the run's log. curve/step-N holds
 validation trials of the weights at that step. A table stands between `<!-- NAME -->` and
 `<!-- end -->`.
 """
@@ -39,7 +39,7 @@ NAMES = {name: name for name in METHODS} | {
 PUBLISHED = {"random": "0.45", "lstm": "34.23 / 31.98", "contextual": "56.98 / 59.01",
              "mil": "66.44 / 70.50", "tecnets": "77.25 / 80.86 (unverified)"}
 COLOURS = {"lstm": "#7f8c8d", "contextual": "#2e86c1", "mil": "#d68910", "tecnets": "#c0392b"}
-CORES = {"lstm": 1, "lstm, continued": 2, "contextual": 1, "mil": 2, "tecnets": 2}  # of older runs
+CORES = {"lstm": 1, "lstm, continued": 2, "contextual": 1, "mil": 2}  # of older runs
 COLUMNS = [0], [1, 5], [1, 5, 1, 5]  # shots of the README's columns
 FIGURES = ("success [95 % interval]", "final distance < 0.05 m", "distractor moved > 0.03 m",
            "both of a pair")
@@ -227,14 +227,14 @@ def reads():
 
 def every_seed():
     rows = [("seed", "shots", *FIGURES, "validation, 1 shot")]
-    others = {}
     for seed in SEEDS:
         name = seed.name.removeprefix("seed")
         validation = percent(load(seed / "val")["results"][0])
         for result in load(seed / "test")["results"]:
             rows.append((name, result["shots"], *figures(result), validation))
             validation = ""
-        others[f"{name}, `no-demo`"] = seed / "no-demo"
+    others = {f"{path.parent.name.removeprefix('seed')}, `no-demo`": path
+              for path in sorted(HERE.glob("seed*/no-demo"))}
     others |= {"`expert`": HERE / "expert", "`random`": HERE / "random"}
     for name, folder in others.items():
         rows.append((name, "", *figures(load(folder)["results"][0]), ""))
