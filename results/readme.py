@@ -39,7 +39,7 @@ NAMES = {name: name for name in METHODS} | {
 PUBLISHED = {"random": "0.45", "lstm": "34.23 / 31.98", "contextual": "56.98 / 59.01",
              "mil": "66.44 / 70.50", "tecnets": "77.25 / 80.86 (unverified)"}
 COLOURS = {"lstm": "#7f8c8d", "contextual": "#2e86c1", "mil": "#d68910", "tecnets": "#c0392b"}
-CORES = {"lstm": 1, "lstm, continued": 2, "contextual": 1, "mil": 2, "tecnets": 2}  # of older runs
+CORES = {"lstm": 1, "lstm, continued": 2, "contextual": 1, "mil": 2}  # of older runs
 COLUMNS = [0], [1, 5], [1, 5, 1, 5]  # shots of the README's columns
 FIGURES = ("success [95 % interval]", "final distance < 0.05 m", "distractor moved > 0.03 m",
            "both of a pair")
@@ -306,7 +306,7 @@ def costs():
 def success_curves(path):
     """Success on validation trials along each method's run."""
     lines, last = [], 0
-    for method, folder in (METHODS | {"tecnets": HERE / "older/seed2"}).items():
+    for method, folder in METHODS.items():
         points = []
         for found in folder.glob("**/curve/*/results.json"):
             report = load(found.parent)
