@@ -40,14 +40,24 @@ def run_program(main):
 
     Ctrl-C and SIGTERM end it and its workers at once. Finished files stay.
     """
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    signals = []
+
+    def stop(number, _):
+        signals.append(number)
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as a script's background job has it
+            signal.signal(number, stop)
     try:
         main()
-    except (UserError, OSError) as error:
+    except BaseException as error:
+        if signals:  # whatever became of the KeyboardInterrupt: torch.save makes it a RuntimeError
+            sys.exit(128 + signals[0])
+        if not isinstance(error, (UserError, OSError)):
+            raise
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
 
 
 def launched():

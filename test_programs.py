@@ -232,6 +232,26 @@ def test_workers_end_with_their_parent(number, tmp_path):
         assert ended() and made() == before and "Traceback" not in complaint
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_a_checkpoint_is_written(number, tmp_path):
+    """It has the exit code of a signal, and the file that was there stays the only one."""
+    path = tmp_path / "last.pt"
+    path.write_bytes(b"as before")
+    program = f"""
+import io, os, common, torch
+class Interrupted(io.BytesIO):
+    def write(self, content):
+        if self.tell():
+            os.kill(os.getpid(), {number.value})
+        return super().write(content)
+def main():
+    common.write_atomically({str(path)!r}, lambda _: torch.save(torch.zeros(9), Interrupted()))
+common.run_program(main)"""
+    with started("-c", program, cwd=HERE, stderr=subprocess.PIPE) as process:
+        assert process.communicate(timeout=60)[1] == "" and process.returncode == 128 + number
+    assert [*tmp_path.iterdir()] == [path] and path.read_bytes() == b"as before"
+
+
 # Data -----------------------------------------------------------------------------------------
 
 def test_demonstrations(pushes):
