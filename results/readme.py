@@ -9,8 +9,9 @@ Folders: seedN holds a run of our recipe: its log.jsonl and a folder for each ev
 random hold the evaluations of these, paper a short run of the paper's recipe, older runs of an
 older one of ours. methods/NAME holds a baseline's run; `first` in it the run from whose weights it
 went on. ablations/NAME and quick/NAME hold one evaluation and the run's log. curve/step-N holds
-validation trials of the weights at that step. A table stands between `<!-- NAME -->` and
-`<!-- end -->`.
+validation trials of the weights at that step. looks/one and looks/many hold trials in other looks
+with weights trained in one look, the shipped ones, and in many. A table stands between
+`<!-- NAME -->` and `<!-- end -->`.
 """
 import functools
 import json
@@ -25,7 +26,7 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from common import chart, learning_curves, write_atomically
-from evaluate import interval, summary
+from evaluate import LOOKS, interval, summary
 from sim import make_task
 
 SEEDS = sorted(HERE.glob("seed*"))
@@ -291,6 +292,20 @@ def ablations():
     return grid(*rows)
 
 
+def looks():
+    """Trials in looks that training never showed, or with demonstrations from these."""
+    rows = [("", "trained in one look", "trained in many", "many more than one")]
+    for option in ("look", "demo-look"):
+        for look in LOOKS:
+            name = look if option == "look" else f"demo-{look}"
+            if (HERE / "looks" / "many" / name).exists():
+                one, many = (load(HERE / "looks" / kind / name)["results"][0]
+                             for kind in ("one", "many"))
+                rows.append((f"`--{option} {look}`", percent(one), percent(many),
+                             difference(many, one)))
+    return grid(*rows)
+
+
 def map_caption():
     found = read("embedding-map.png.json")
     nearness = found["nearest_similarity"]
@@ -329,8 +344,8 @@ def success_curves(path):
 def filled():
     """{path: its text with all tables filled} of both READMEs."""
     tables = {"results": results(), "seeds": every_seed(), "methods": methods(),
-              "redrawn": redrawn(), "reads": reads(), "ablations": ablations(),
-              "map": map_caption(), "costs": costs()}
+              "redrawn": redrawn(), "reads": reads(), "looks": looks(),
+              "ablations": ablations(), "map": map_caption(), "costs": costs()}
     texts = {}
     for path in (HERE.parent / "README.md", HERE / "README.md"):
         texts[path] = re.sub(
