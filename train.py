@@ -309,8 +309,9 @@ class Run:
         self.optimiser = torch.optim.Adam(self.model.parameters(), lr=options["lr"])
         self.scheduler = self.build_scheduler()
         self.build_loaders(train_set, val_set)
-        actions = self.model.normalise_actions(torch.from_numpy(train_set.actions))
-        variance = actions.var(0).mean().item()  # of what the control losses are a share
+        actions = torch.from_numpy(train_set.actions).to(options["device"])
+        # Of what the control losses are a share:
+        variance = self.model.normalise_actions(actions).var(0).mean().item()
         self.machine = machine(options["device"])
         self.log.append({"step": 0, "action_variance": variance, "machine": self.machine})
 
