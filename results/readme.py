@@ -8,9 +8,9 @@ stops the program.
 Folders: seedN holds a run of our recipe: its log.jsonl and a folder for each evaluation. expert and
 random hold the evaluations of these, paper a short run of the paper's recipe, older runs of an
 older one of ours. methods/NAME holds a baseline's run; `first` in it the run from whose weights it
-went on. ablations/NAME and quick/NAME hold one evaluation and the run's log. curve/step-N holds
-validation trials of the weights at that step. looks/one and looks/many hold trials in other looks
-with weights trained in one look, the shipped ones, and in many. A table stands between
+went on. ablations/NAME/seedN and quick/NAME hold one evaluation and the run's log. curve/step-N
+holds validation trials of the weights at that step. looks/one and looks/many hold trials in other
+looks with weights trained in one look, the shipped ones, and in many. A table stands between
 `<!-- NAME -->` and `<!-- end -->`.
 """
 import functools
@@ -45,13 +45,9 @@ COLUMNS = [0], [1, 5], [1, 5, 1, 5]  # shots of the README's columns
 FIGURES = ("success [95 % interval]", "final distance < 0.05 m", "distractor moved > 0.03 m",
            "both of a pair")
 
+HEEDS = 1.2  # times its own, a heeding run's validation loss after the partner's demonstration
+T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's quantiles, by number of differences
 LOOK_ALIKE = 0.3  # most by which two colours differ, in [0, 1]
-
-# Training options in results files of older programs.
-RENAMED = {"early": "time_exponent", "hue": "hue_jitter", "keep": "snapshots"}
-BEFORE = dict(recolour=0, hue_jitter=0.0, pairs=0, hinge_mean="all")  # what was done without them
-NOT_COMPARED = ("name", "resume", "validate_every", "validation_batches", "snapshots")
-
 
 # Files ----------------------------------------------------------------------------------------
 
@@ -81,12 +77,6 @@ def log_rows(folder, key):
     """The rows of a run's log that have a key."""
     rows = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
     return [row for row in rows if key in row]
-
-
-def options_of(report):
-    """The training options of an evaluated network under today's names."""
-    options = report["network"]["options"]
-    return {**BEFORE, **{RENAMED.get(name, name): value for name, value in options.items()}}
 
 
 def trained(method, network):
@@ -268,28 +258,46 @@ def methods():
     return grid(*rows)
 
 
+def heeds_from(folder):
+    """The first step at which a run heeds the demonstration; None if it does not at its last."""
+    rows = log_rows(folder, "val_loss_partner")
+    steps = [row["step"] for row in rows if row["val_loss_partner"] > HEEDS * row["val_loss_q"]]
+    return steps[0] if steps and steps[-1] == rows[-1]["step"] else None
+
+
+def mean_and_range(values, form):
+    low, high = form.format(min(values)), form.format(max(values))
+    return f"{form.format(statistics.mean(values))} ({low} - {high})"
+
+
 def ablations():
-    """A row for each run, named after the options that differ from those of `reference`."""
-    rows = [("", FIGURES[0], FIGURES[-1], "lost, won", "control loss, retrieval in %")]
-    folder = HERE / "ablations"
-    reference = load(folder / "reference")
-    usual, expected = options_of(reference), passed(reference["results"][0])
-    names = sorted(path.parent.name for path in folder.glob("*/results.json"))
-    names.remove("reference")
-    for name in ("reference", *names):
-        report = load(folder / name)
-        result, changes = report["results"][0], []
-        for option, value in options_of(report).items():
-            if option not in NOT_COMPARED and value != usual.get(option):
-                text = f"{value:g}" if isinstance(value, float) else value
-                changes.append(f"--{option.replace('_', '-')} {text}")
-        assert changes or name == "reference", f"{name} has the options of reference"
-        lost, won = expected - passed(result), passed(result) - expected
-        last = log_rows(folder / name, "val_loss_q")[-1]
-        rows.append((f"`{' '.join(changes) or name}`", percent(result), both(result),
-                     f"{len(lost)}, {len(won)}" if changes else "",
-                     f"{last['val_loss_q']:.4f}, {100 * last['val_accuracy']:.1f}"))
+    """A row for the runs that differ in their seeds only; success is of those that heed."""
+    rows = [("", "seeds that heed", "from step", "success in %", "more than `reference`")]
+    runs, options = {}, {}
+    for folder in sorted(HERE.glob("ablations/*/*")):
+        report, begun = load(folder), heeds_from(folder)
+        success = 100 * report["results"][0]["success_rate"]
+        runs.setdefault(folder.parent.name, {})[folder.name] = begun and (begun, success)
+        options[folder.parent.name] = report["network"]["options"]
+    usual, reference = options["reference"], runs["reference"]
+    for name in sorted(runs, key=lambda name: name != "reference"):
+        changed = [f"--{option.replace('_', '-')} {value}"
+                   for option, value in options[name].items()
+                   if option not in ("name", "seed") and value != usual[option]]
+        heeding = {seed: found for seed, found in runs[name].items() if found}
+        begun, success = zip(*heeding.values())
+        more = [heeding[seed][1] - reference[seed][1] for seed in heeding if reference.get(seed)]
+        rows.append((f"`{' '.join(changed) or name}`", f"{len(heeding)} of {len(runs[name])}",
+                     mean_and_range(begun, "{:,.0f}"), mean_and_range(success, "{:.1f}"),
+                     paired(more) if changed else ""))
     return grid(*rows)
+
+
+def paired(differences):
+    """The mean of five runs' differences from those of equal seed; its 95 % interval (Student)."""
+    mean = statistics.mean(differences)
+    reach = T_975[len(differences)] * statistics.stdev(differences) / len(differences) ** 0.5
+    return f"{mean:.1f} [{mean - reach:.1f}, {mean + reach:.1f}]"
 
 
 def looks():
