@@ -49,6 +49,7 @@ HEEDS = 1.2  # times its own, a heeding run's validation loss after the partner'
 T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's quantiles, by number of differences
 LOOK_ALIKE = 0.3  # most by which two colours differ, in [0, 1]
 
+
 # Files ----------------------------------------------------------------------------------------
 
 def read(name):
@@ -294,7 +295,7 @@ def ablations():
 
 
 def paired(differences):
-    """The mean of five runs' differences from those of equal seed; its 95 % interval (Student)."""
+    """The mean of the differences between runs of equal seed; its 95 % interval (Student)."""
     mean = statistics.mean(differences)
     reach = T_975[len(differences)] * statistics.stdev(differences) / len(differences) ** 0.5
     return f"{mean:.1f} [{mean - reach:.1f}, {mean + reach:.1f}]"
