@@ -10,8 +10,9 @@ random hold the evaluations of these, paper a short run of the paper's recipe, o
 older one of ours. methods/NAME holds a baseline's run; `first` in it the run from whose weights it
 went on. ablations/NAME/seedN and quick/NAME hold one evaluation and the run's log. curve/step-N
 holds validation trials of the weights at that step. looks/one and looks/many hold trials in other
-looks with weights trained in one look, the shipped ones, and in many. A table stands between
-`<!-- NAME -->` and `<!-- end -->`.
+looks with weights trained in one look, the shipped ones, and in many; looks/first and looks/pair
+validation trials after 33,000 steps with a look for each demonstration or each pair of tasks. A
+table stands between `<!-- NAME -->` and `<!-- end -->`.
 """
 import functools
 import json
@@ -284,7 +285,7 @@ def ablations():
     for name in sorted(runs, key=lambda name: name != "reference"):
         changed = [f"--{option.replace('_', '-')} {value}"
                    for option, value in options[name].items()
-                   if option not in ("name", "seed") and value != usual[option]]
+                   if option not in ("name", "seed", "device", "data") and value != usual[option]]
         heeding = {seed: found for seed, found in runs[name].items() if found}
         begun, success = zip(*heeding.values())
         more = [heeding[seed][1] - reference[seed][1] for seed in heeding if reference.get(seed)]
