@@ -94,8 +94,8 @@ def vision(planes, settings):
     return nn.Sequential(*layers, FeaturePoints()), 2 * settings.filters
 
 
-def fully_connected(inputs, settings):
-    """Both layers but the head."""
+def hidden_layers(inputs, settings):
+    """The two hidden layers."""
     return nn.Sequential(nn.Linear(inputs, settings.units), nn.ReLU(),
                          nn.Linear(settings.units, settings.units), nn.ReLU())
 
@@ -158,7 +158,7 @@ class Contextual(Baseline):
     def __init__(self, settings=Settings(), **statistics):
         super().__init__(settings, **statistics)
         self.vision, features = vision(2 * 3, settings)
-        self.layers = fully_connected(features + settings.state_dim, settings)
+        self.layers = hidden_layers(features + settings.state_dim, settings)
         self.layers.append(nn.Linear(settings.units, settings.action_dim))
         self.apply(initialise)
 
@@ -178,15 +178,15 @@ class Contextual(Baseline):
 class LSTM(Baseline):
     """Reads a demo's n frames, with mean states, then the current image and state.
 
-    Actions are averaged over demos. The cells start as TensorFlow's do, with biases of 0, and of 1
-    for the forget gate: PyTorch's random biases would fill the memory with numbers that do not
-    depend on the demo.
+    Actions are averaged over demos. The cells' biases start as TensorFlow's, at 0, and at 1 for the
+    forget gate: PyTorch's random ones would fill the memory with numbers that do not depend on the
+    demo.
     """
 
     def __init__(self, settings=LSTMSettings(), **statistics):
         super().__init__(settings, **statistics)
         self.vision, features = vision(3, settings)
-        self.layers = fully_connected(features + settings.state_dim, settings)
+        self.layers = hidden_layers(features + settings.state_dim, settings)
         self.lstm = nn.LSTM(settings.units, settings.lstm_units)
         for bias in (self.lstm.bias_ih_l0, self.lstm.bias_hh_l0):
             nn.init.zeros_(bias)

@@ -25,7 +25,11 @@ class UserError(Exception):
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """A program's docstring as it is, and the default of every option."""
+    """A program's docstring as it is, and the default of every option that has a value."""
+
+    def _get_help_string(self, action):
+        silent = action.default is None or action.default is False
+        return action.help if silent else super()._get_help_string(action)
 
 
 def option_parser(description, usage="%(prog)s [options]", **settings):

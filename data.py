@@ -162,9 +162,8 @@ def read_manifest(folder):
                         f"data with python data.py --out {folder}")
     manifest = json.loads(path.read_text())
     if manifest.get("format") != FORMAT:
-        found = manifest.get("format", manifest.get("version"))
-        raise UserError(f"{folder} has data format {found}, this program reads {FORMAT}: "
-                        "make the data anew in another folder")
+        raise UserError(f"{folder} has data format {manifest.get('format')}, this program reads "
+                        f"{FORMAT}: make the data anew in another folder")
     return manifest
 
 
@@ -208,9 +207,8 @@ class TaskSet:
                                      for name in ("states", "actions"))
         self.lengths = np.array([task["lengths"] for task in arrays])  # (N, D)
         self._first_rows = np.cumsum([0, *self.lengths.flat])[:-1].reshape(self.lengths.shape)
-        self.ends = None
-        tasks, demos = np.ogrid[:self.n_tasks, :self.n_demos]
-        self.ends = self.demo_frames(tasks, demos, 2)
+        tasks, demos, _ = np.ogrid[:self.n_tasks, :self.n_demos, :2]
+        self.ends = self.frames(tasks, demos, evenly_spaced(self.lengths, 2))
 
     def _read(self, path):
         try:
@@ -251,7 +249,7 @@ class TaskSet:
 
     def demo_frames(self, tasks, demos, n):
         """`n` evenly spaced frames (..., n, H, W, 3) of demonstrations; the indices broadcast."""
-        if n == 2 and self.ends is not None:
+        if n == 2:
             return self.ends[tasks, demos]
         tasks, demos = np.broadcast_arrays(tasks, demos)
         times = evenly_spaced(self.lengths[tasks, demos], n)  # (..., n)
@@ -348,7 +346,7 @@ class TaskLoader:
                             f"{data.n_demos} of a task: lower --support or --query")
         self.own = slice(self.B * rank // size, self.B * (rank + 1) // size)
         self.position = 0
-        self._pool, self._process, self._ahead = None, None, {}
+        self._pool, self._ahead = ThreadPoolExecutor(self.threads), {}
 
     def batch(self, position):
         """The batch at a position of the sequence."""
@@ -404,18 +402,12 @@ class TaskLoader:
         return self
 
     def __next__(self):
-        if self._process != os.getpid():  # at first, and in a forked child, which has no threads
-            self._pool, self._process = ThreadPoolExecutor(self.threads), os.getpid()
-            self._ahead = {}
         for position in range(self.position, self.position + self.threads + 2):
             if position not in self._ahead:
                 self._ahead[position] = self._pool.submit(self.batch, position)
         batch = self._ahead.pop(self.position).result()  # after an error the next call tries again
         self.position += 1
         return batch
-
-    def __getstate__(self):
-        return {**self.__dict__, "_pool": None, "_process": None, "_ahead": {}}
 
 
 def main():

@@ -3,7 +3,7 @@
     python evaluate.py                                     # the weights in results/
     python evaluate.py --checkpoint runs/ours/last.pt --out runs/ours/test --gif 8
     python evaluate.py --policy expert --out runs/expert
-    python evaluate.py --redraw --out runs/redrawn         # other demonstrations for every trial
+    python evaluate.py --redraw --out runs/redrawn         # demonstrations drawn for every trial
     python evaluate.py --look table --out runs/table       # in a look that training never showed
     python evaluate.py --only 52 --film-failures           # what goes wrong in test task 52
     python evaluate.py --out runs/shared --shard 3/8       # on each of 8 machines, common folder
@@ -11,8 +11,8 @@
 The default protocol is the paper's: 74 test tasks x 6 trials, one demonstration and five. Prints a
 table and writes OUT/evaluation.json (the settings), OUT/trials (a file for each task and number of
 shots) and, put together from these, OUT/results.json with a row for every trial. With the same
-weights and seed the rows are the same. An interrupted evaluation goes on with the same command. The
-demonstrations are those of the benchmark's data set, recorded here.
+weights, seed and processor the rows are the same. An interrupted evaluation goes on with the same
+command. The demonstrations are those of the benchmark's data set, recorded here.
 """
 import collections
 import functools
@@ -46,11 +46,9 @@ def policy_of(model, demos=(), context=None):
     """
     device = model.state_mean.device
     if context is None:
-        n, frames = model.settings.demo_frames, []
-        for demo in demos:
-            whole = np.asarray(demo["frames"])
-            frames.append(whole[evenly_spaced(len(whole), n)])
-        frames = torch.as_tensor(np.stack(frames), device=device)  # (K, n, H, W, 3)
+        n, films = model.settings.demo_frames, [np.asarray(demo["frames"]) for demo in demos]
+        frames = np.stack([film[evenly_spaced(len(film), n)] for film in films])
+        frames = torch.as_tensor(frames, device=device)  # (K, n, H, W, 3)
         model.check_size(frames)
         with torch.no_grad():
             context = model.embed(frames)
@@ -223,7 +221,7 @@ def parse():
     add("--shots", type=int, nargs="+", default=[1, 5], metavar="K",
         choices=range(1, FULL_DATA["demos"] + 1), help="demonstrations that a trial is given")
     add("--redraw", action="store_true",
-        help="draw other demonstrations for every trial, not once for all trials of a task")
+        help="draw demonstrations anew for every trial, not once for all trials of a task")
     add("--look", choices=LOOKS, default="default", help="of demonstrations and trials")
     add("--demo-look", choices=LOOKS, help="of demonstrations, if another than that of the trials")
     add("--seed", type=int, default=0, help="of the trials and the choice of demonstrations")

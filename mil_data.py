@@ -5,7 +5,8 @@
 
 The data of github.com/tianheyu927/mil (Finn et al., CoRL 2017) hold for every task I a pickle,
 `demos_I.pkl` in the folder of training tasks and `I.pkl` in that of test tasks, beside its GIFs
-`object_I/condJ.samp0.gif`. An interrupted import is begun anew in another folder.
+`object_I/condJ.samp0.gif`. Networks normalise states and actions, as those of all data of one's
+own; the official code leaves both raw. An interrupted import is begun anew in another folder.
 """
 import pickle
 from pathlib import Path
@@ -28,6 +29,7 @@ def number_of(path):
 def import_mil(train_folder, test_folder, folder, val):
     """Turn MIL's folders into a data set; the last `val` training tasks are to validate on.
 
+    Tasks 2k and 2k + 1 are a pair if no number is missing: where it would be split, one more.
     Raises UserError for missing tasks or other shapes than those of pushing.
     """
     train = sorted(Path(train_folder).glob("demos_*.pkl"), key=number_of)
@@ -36,7 +38,9 @@ def import_mil(train_folder, test_folder, folder, val):
         raise UserError(f"{train_folder} holds {len(train)} training tasks (demos_*.pkl) and "
                         f"{test_folder} {len(test)} test tasks: give MIL's folders, and a --val "
                         "below the number of training tasks")
-    paired = [*map(number_of, train)] == [*range(len(train))] and val % 2 == len(train) % 2
+    paired = [*map(number_of, train)] == [*range(len(train))]
+    if paired:
+        val += (len(train) - val) % 2
     paths = {"train": train[:-val], "val": train[-val:], "test": test}
     write_data_set(folder, {split: map(read_task, paths[split]) for split in paths}, pairs=paired)
 
@@ -99,7 +103,7 @@ def main():
     add("test", metavar="TEST", help="MIL's folder of test tasks")
     add("--out", required=True, help="folder of the data set")
     add("--val", type=int, default=FULL_DATA["tasks"]["val"],
-        help="the last training tasks, to validate on")
+        help="the last training tasks, to validate on; one more where a pair would be split")
     args = parser.parse_args()
     import_mil(args.train, args.test, args.out, args.val)
     print(f"{args.out}: all tasks there")

@@ -46,7 +46,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Settings(Sizes):
-    """Sizes and loss weights of the official code; the paper's side where the two disagree."""
+    """Sizes and loss weights of the official code; of two sides that are named, the paper's."""
     demo_frames: int = 2  # evenly spaced frames of a demonstration; 2 are the first and the last
     embedding_dim: int = 20
     filters: int = 16  # in each of 4 convolutions, 5 x 5, stride 2
@@ -89,7 +89,7 @@ def embedding_loss(s_U, s_q, margin=0.1, negatives="sentences"):
     with all negatives.
 
     A loss that stays near the margin with an accuracy of about 1 / B is a collapse: all sentences
-    are nearly equal. A constant learning rate of 1e-3 can bring it on; a warm-up avoids it.
+    are nearly equal. A lower learning rate or a warm-up may avoid it.
     """
     check_choices(negatives=negatives)
     B, Q, _ = s_q.shape

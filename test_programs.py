@@ -297,7 +297,7 @@ def test_data_of_many_looks(pushes, tmp_path):
 
 
 def test_data_of_an_older_program(tmp_path):
-    common.write_json(tmp_path / "manifest.json", {"version": 3})
+    common.write_json(tmp_path / "manifest.json", {"format": 3})
     with pytest.raises(common.UserError, match="format 3.* anew"):
         data.read_manifest(tmp_path)
 
@@ -345,7 +345,8 @@ def test_import_of_mil(tmp_path, monkeypatch):
     first, *rest = map(Image.fromarray, frames)
     first.save("film.gif", save_all=True, append_images=rest, duration=50)
     assert Image.open("film.gif").n_frames == 97
-    for stem in ("push/demos_3", "push/demos_10", "push/demos_4", "push_test/0"):
+    for stem in ("push/demos_3", "push/demos_10", "push/demos_4", "push_test/0", *(
+            f"whole/demos_{index}" for index in range(4))):
         path = tmp_path / "mil" / f"{stem}.pkl"
         films = path.parent / f"object_{path.stem.removeprefix('demos_')}"
         films.mkdir(parents=True)
@@ -361,7 +362,11 @@ def test_import_of_mil(tmp_path, monkeypatch):
     expected = states["push/demos_4"][6 + 3].astype(np.float32)
     assert (tasks.states[tasks.row(*at)] == expected).all()
     assert (tasks.frames(*at) == frames).all()
+    assert not tasks.manifest["pairs"]
     begin("d", "mil", "--batch", 2, until=1)
+    mil_data.import_mil("mil/whole", "mil/push_test", "paired", val=1)
+    manifest = data.read_manifest("paired")
+    assert manifest["pairs"] and manifest["tasks"] == {"train": 2, "val": 2, "test": 1}
     reach = {"demoX": np.zeros((24, 50, 10)), "demoU": np.zeros((24, 50, 2))}
     Path("mil/push/demos_4.pkl").write_bytes(pickle.dumps(reach, 2))
     with pytest.raises(common.UserError, match="demos_4.pkl is not of pushing"):
@@ -480,14 +485,20 @@ def test_two_processes_equal_one(saving, own, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("method", train.METHODS)
 def test_validation_tells_whether_demonstrations_count(method, own):
-    """By the loss after the partner's; to a network that ignores them it is the same."""
+    """By the loss after the partner's; to a network that ignores them it is the same.
+
+    Dropout is for training only.
+    """
     network, settings, _ = train.METHODS[method]
     model = small_model(network, settings, size=32)
+    embed = model.embed
+    model.embed = lambda frames: torch.dropout(embed(frames), 0.5, model.training)
     loader = data.TaskLoader(data.TaskSet(own, "val"), 2, K=1, random_support=False,
                              demo_frames=model.settings.demo_frames)
     options = {"validation_batches": 1, "device": "cpu"}
     values, batch = train.validate(model, loader, options), train.to_tensors(loader.batch(0), "cpu")
-    context = model.embed(batch["frames_U"])
+    assert model.training
+    context = model.eval().embed(batch["frames_U"])
     images, states, actions = (batch[name][:, 1] for name in ("images", "states", "actions"))
     for name, given in (("val_loss_q", context), ("val_loss_partner", context[[1, 0]])):
         error = model.predict(images, states, given) - actions

@@ -6,8 +6,6 @@ import colorsys
 import dataclasses
 import itertools
 import math
-import multiprocessing
-import pickle
 import signal
 import time
 
@@ -745,25 +743,6 @@ def test_an_interruption_costs_no_batch(tasks):
     signal.setitimer(signal.ITIMER_REAL, 0)
     assert len(seen) == 2
     assert_array_equal(got, [loader.batch(position)["times"] for position in range(5)])
-
-
-def times_of(loader):
-    return [next(loader)["times"] for _ in range(5)]
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_a_loader_in_another_process(tasks):
-    """A forked child, and what is pickled for a spawned one, go on where the loader is."""
-    loader = data.TaskLoader(tasks, B=2, K=1)
-    next(loader)
-    context = multiprocessing.get_context("fork")
-    queue = context.SimpleQueue()
-    child = context.Process(target=lambda: queue.put(times_of(loader)), daemon=True)
-    child.start()
-    child.join(20)
-    assert child.exitcode == 0
-    expected = [loader.batch(position)["times"] for position in range(1, 6)]
-    assert_array_equal([queue.get(), times_of(pickle.loads(pickle.dumps(loader)))], 2 * [expected])
 
 
 # Evaluation -----------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
     python train.py --preset smoke      # everything in three minutes, to see it work
     python train.py --preset quick      # a policy that mostly succeeds, within half an hour
-    python train.py --name ours         # our recipe, two hours; makes missing data first
+    python train.py --name ours         # our recipe, 2.5 hours; makes missing data first
     python train.py --resume --name ours
     python train.py --init runs/ours/last.pt --data data/more --name more --lr 1e-4   # fine-tune
 
@@ -136,8 +136,10 @@ def parse(argv=None):
         if field.name in SIZES:
             continue
         kind = dict(type=type(field.default), choices=tecnets.CHOICES.get(field.name))
-        kind = flag if isinstance(field.default, bool) else kind
-        add("--" + field.name.replace("_", "-"), **kind, default=field.default,
+        default = field.default
+        if isinstance(default, bool):
+            kind, default = flag, int(default)
+        add("--" + field.name.replace("_", "-"), **kind, default=default,
             help=HELP.get(field.name, "a setting of the method"))
     if chosen.preset in ("paper", "quick") and chosen.method != "tecnets":
         parser.error(f"--preset {chosen.preset} is a recipe of tecnets: leave it out")
@@ -158,7 +160,7 @@ def keep_freed_memory():
 
 def has_bfloat16(device):
     if device == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported()
 
 
@@ -274,6 +276,7 @@ def validate(model, loader, options):
     embeddings' median norm (the longer they are, the slower they turn).
     """
     rows = []
+    model.eval()
     for position in range(options["validation_batches"]):
         batch = to_tensors(loader.batch(position), options["device"])
         s_U = model.embed(batch["frames_U"])
@@ -284,11 +287,13 @@ def validate(model, loader, options):
             others = pairs.roll(1, 1).flatten(0, 1)
             row["val_loss_partner"] = model.imitation_loss(*samples, others).item()
         if isinstance(model, TecNets) and len(s_U) > 1:
-            f_q = model.embeddings(batch["frames_q"])
-            row["val_norm"] = f_q.norm(dim=-1).median().item()
-            s_q, negatives = F.normalize(f_q, dim=-1), model.settings.negatives
-            row["val_accuracy"] = embedding_loss(s_U, s_q, negatives=negatives)[1].item()
+            s_q, c = model.embeddings(batch["frames_q"]), model.settings
+            row["val_norm"] = s_q.norm(dim=-1).median().item()
+            if c.normalise_queries:
+                s_q = F.normalize(s_q, dim=-1)
+            row["val_accuracy"] = embedding_loss(s_U, s_q, negatives=c.negatives)[1].item()
         rows.append(row)
+    model.train()
     return {name: statistics.mean(row[name] for row in rows) for name in rows[0]}
 
 

@@ -268,13 +268,15 @@ def heeds_from(folder):
 
 
 def mean_and_range(values, form):
+    if not values:
+        return ""
     low, high = form.format(min(values)), form.format(max(values))
     return f"{form.format(statistics.mean(values))} ({low} - {high})"
 
 
 def ablations():
     """A row for the runs that differ in their seeds only; success is of those that heed."""
-    rows = [("", "seeds that heed", "from step", "success in %", "more than `reference`")]
+    rows = [("", "seeds that heed", "from step", "their success in %", "more than `reference`")]
     runs, options = {}, {}
     for folder in sorted(HERE.glob("ablations/*/*")):
         report, begun = load(folder), heeds_from(folder)
@@ -287,7 +289,8 @@ def ablations():
                    for option, value in options[name].items()
                    if option not in ("name", "seed", "device", "data") and value != usual[option]]
         heeding = {seed: found for seed, found in runs[name].items() if found}
-        begun, success = zip(*heeding.values())
+        begun = [step for step, _ in heeding.values()]
+        success = [rate for _, rate in heeding.values()]
         more = [heeding[seed][1] - reference[seed][1] for seed in heeding if reference.get(seed)]
         rows.append((f"`{' '.join(changed) or name}`", f"{len(heeding)} of {len(runs[name])}",
                      mean_and_range(begun, "{:,.0f}"), mean_and_range(success, "{:.1f}"),
@@ -297,6 +300,8 @@ def ablations():
 
 def paired(differences):
     """The mean of the differences between runs of equal seed; its 95 % interval (Student)."""
+    if len(differences) < 2:
+        return ""
     mean = statistics.mean(differences)
     reach = T_975[len(differences)] * statistics.stdev(differences) / len(differences) ** 0.5
     return f"{mean:.1f} [{mean - reach:.1f}, {mean + reach:.1f}]"
