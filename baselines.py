@@ -201,6 +201,7 @@ class LSTM(Baseline):
 
     def embed(self, frames):
         """The memory after each demo: (..., K, n, H, W, 3) -> (..., K, 2, lstm_units)."""
+        self.check_size(frames)
         with self.autocast():
             images = frames.flatten(0, -4)
             states = self.state_mean.new_zeros(images.shape[0], self.settings.state_dim)
@@ -276,6 +277,7 @@ class MIL(Baseline):
         """The inner step on all demos of a task: (..., K, n, H, W, 3) -> parameters (..., P)."""
         if frames.ndim > 5:
             return torch.stack([self.embed(task) for task in frames])
+        self.check_size(frames)
         c, weights, create_graph = self.settings, self._adapted(), torch.is_grad_enabled()
         with torch.inference_mode(False), torch.enable_grad(), self.autocast():
             # Before the step; it may lead out of [0, 1].

@@ -258,7 +258,7 @@ class TaskSet:
     def statistics(self):
         """Mean and deviation of states (S,) and actions (A,), for a network of these tasks.
 
-        The deviation of what is constant is 1. The benchmark's states have deviations of at least
+        The deviation of what is constant, up to rounding, is 1. The benchmark's states have deviations of at least
         STD_FLOOR, and its actions, fractions of limits, stay as they are.
         """
         values = {}
@@ -266,7 +266,8 @@ class TaskSet:
             rows = rows.astype(np.float64)
             mean, std = rows.mean(0), rows.std(0)
             if not self.manifest["benchmark"]:
-                std = np.where(std > 1e-6 * np.abs(mean), std, 1)
+                rounding = np.maximum(1e-6 * np.abs(mean), 1e-12 * std.max(initial=0))
+                std = np.where(std > rounding, std, 1)
             elif name == "state":
                 std = np.maximum(std, STD_FLOOR)
             else:

@@ -49,7 +49,6 @@ def policy_of(model, demos=(), context=None):
         n, films = model.settings.demo_frames, [np.asarray(demo["frames"]) for demo in demos]
         frames = np.stack([film[evenly_spaced(len(film), n)] for film in films])
         frames = torch.as_tensor(frames, device=device)  # (K, n, H, W, 3)
-        model.check_size(frames)
         with torch.no_grad():
             context = model.embed(frames)
 
@@ -83,7 +82,7 @@ def rollout(env, policy, seed=None, options=None, film=None):
     step, over = 0, False
     while not over:
         if film is not None and step % 2 == 0:
-            film.append(obs["image"])
+            film.append(np.array(obs["image"]))  # an environment may use its array again
         obs, _, terminated, truncated, info = env.step(policy(obs))
         step, over = step + 1, terminated or truncated
     return info

@@ -34,6 +34,8 @@ class GymPushEnv(sim.PushEnv, gymnasium.Env):
     def reset(self, *, seed=None, options=None):
         gymnasium.Env.reset(self, seed=seed)
         task = sim.make_task(self.split, int(self.np_random.integers(self.tasks)))
+        if seed is not None:  # the scene's own: of one seed both draws would go together
+            seed = int(self.np_random.integers(2 ** 31))
         return super().reset(seed=seed, options={"task": task, **(options or {})})
 
     def step(self, action):

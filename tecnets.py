@@ -319,6 +319,7 @@ class TecNets(Policy):
 
     def embeddings(self, frames, chunk=None):
         """f_theta of (..., n, H, W, 3) uint8 -> (..., E); `chunk` as in `losses`."""
+        self.check_size(frames)
         with self.autocast():
             f = in_parts(self.embedding_net, chunk, frames.flatten(0, -5))
         return f.unflatten(0, frames.shape[:-4])

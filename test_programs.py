@@ -53,11 +53,11 @@ def pushes(tmp_path_factory):
     return folder
 
 
-def own_tasks(shift=(0, 0)):
+def own_tasks(shift=(0, 0), factor=1000):
     """Tasks that can be learned: actions are states in other units, two states are shifted."""
     tasks = random_demos([40] * 4, H=32, W=32, train=4, val=2)
     for demo in (demo for split in tasks.values() for task in split for demo in task):
-        demo["actions"] = 1000 * demo["states"][:, :7]
+        demo["actions"] = factor * demo["states"][:, :7]
         demo["states"][:, 3:5] += shift
     return tasks
 
@@ -393,7 +393,6 @@ def test_what_a_run_leaves(trained):
     assert names == {".lock", "curves.png", "last.pt", "log.jsonl",
                      "step-20.pt", "step-40.pt", "step-60.pt"}
     log = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
-    assert log[0]["action_variance"] == pytest.approx(1, rel=0.01)
     assert log[0]["machine"] == train.machine()
     first, last = (row["loss_q"] for row in log if "loss_q" in row)
     assert last < 0.2 < first
@@ -434,7 +433,7 @@ def test_going_on_otherwise(own, pushes, tmp_path, monkeypatch, capsys):
     """Other threads are said in a line; other options, other data, a second process are refused."""
     monkeypatch.chdir(tmp_path)
     begin(own, "a", until=2)
-    data.write_data_set("new", own_tasks((6, 2)), sim.MIRROR, recolour=True, pairs=True)
+    data.write_data_set("new", own_tasks(factor=999), sim.MIRROR, recolour=True, pairs=True)
     shutil.copytree(pushes, "pushes")
     for words, message in (([], "holds a run"), (["--resume", "--lr", 1], "another --lr"),
                            (["--resume", "--data", "data/push"], "no manifest"),
@@ -504,6 +503,7 @@ def test_validation_tells_whether_demonstrations_count(method, own):
         error = model.predict(images, states, given) - actions
         assert values[name] == pytest.approx(error.square().mean().item(), rel=1e-9)
     assert values["val_loss_q"] != values["val_loss_partner"]
+    assert values["val_loss_constant"] == pytest.approx(actions.numpy().var((0, 1)).mean())
     model.embed = lambda frames: context[0].expand(*frames.shape[:-5], *context.shape[1:])
     values = train.validate(model, loader, options)
     assert values["val_loss_q"] == values["val_loss_partner"]
@@ -527,12 +527,13 @@ def test_schedules_of_the_learning_rate(own, tmp_path, monkeypatch):
 
 
 def test_fine_tuning(own, trained, tmp_path, monkeypatch, capsys):
-    """--init takes the weights; statistics are the new data's, and what is far is named."""
+    """--init takes the weights; statistics are the new data's, and what differs is named."""
     monkeypatch.chdir(tmp_path)
     data.write_data_set("new", own_tasks(shift=(6, 2)), sim.MIRROR, recolour=True, pairs=True)
     capsys.readouterr()
-    model = begin("new", "tuned", "--init", trained / "last.pt", until=0).model
-    assert capsys.readouterr().out.endswith("more than 10 old deviations away: state 3\n")
+    model = begin("new", "tuned", "--init", trained / "last.pt", "--margin", 0.2, until=0).model
+    assert capsys.readouterr().out.endswith(
+        "; it was trained with margin 0.1; more than 10 old deviations away: state 3\n")
     weights = load(trained / "last.pt")["model"]
     assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
     statistics = data.TaskSet("new", "train").statistics()
@@ -780,6 +781,12 @@ def test_tables_are_those_of_the_rows(tmp_path):
     common.write_json(tmp_path / "results.json", report)
     with pytest.raises(SystemExit, match="other figures"):
         program["load"](tmp_path)
+    report = json.loads((HERE / "results" / "expert" / "results.json").read_text())
+    report["evaluation"] |= {"seed": 5, "look": "table"}
+    common.write_json(tmp_path / "expert" / "results.json", report)
+    program["evaluations"].__globals__["HERE"] = tmp_path
+    with pytest.raises(SystemExit, match="expert has seed 5, look table: "):
+        program["evaluations"]("expert")
 
 
 def test_embedding_map(tmp_path):

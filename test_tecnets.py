@@ -578,6 +578,11 @@ def test_gymnasium():
     envs = gymnasium.make_vec(**words, num_envs=2, vectorization_mode="sync")
     obs, _ = envs.reset(seed=[4, 4])
     assert_array_equal(*obs["state"])
+    env, seen = gymnasium.make(**{**words, "tasks": 2}, images=False).unwrapped, set()
+    for seed in range(20):
+        env.reset(seed=seed)
+        seen.add((env.task.index, env.target_position[1] > 0))
+    assert len(seen) == 4  # either task on either side
 
 
 # The data -------------------------------------------------------------------------------------
@@ -589,7 +594,8 @@ LENGTHS = 7, 5, 9
 def own(tmp_path_factory):
     """(demonstrations of unlike lengths and oblong pictures, the data set made of them).
 
-    It was given a generator of tasks, lists and tensors. The first number is always the same.
+    It was given a generator of tasks, lists and tensors. The first number is always the same, the
+    second zero up to rounding.
     """
     demos = random_demos(LENGTHS, H=12, W=20, train=4, val=1)
     folder = tmp_path_factory.mktemp("own")
@@ -598,6 +604,8 @@ def own(tmp_path_factory):
         for task in demos[split]:
             for demo in task:
                 demo["states"][:, 0] = demo["actions"][:, 0] = 0.5
+                demo["states"][:, 1] *= 1e-17
+                demo["actions"][:, 1] *= 1e-17
             yield [{"frames": list(demo["frames"]), "states": demo["states"].tolist(),
                     "actions": torch.from_numpy(demo["actions"])} for demo in task]
 
@@ -617,7 +625,7 @@ def test_statistics(own, monkeypatch, tmp_path):
     for name in ("state", "action"):
         rows = np.concatenate([demo[name + "s"] for task in demos for demo in task])
         assert_allclose(got.statistics()[name + "_mean"], rows.mean(0), rtol=1e-5)
-        assert_allclose(got.statistics()[name + "_std"], [1, *rows[:, 1:].std(0)], rtol=1e-5)
+        assert_allclose(got.statistics()[name + "_std"], [1, 1, *rows[:, 2:].std(0)], rtol=1e-5)
     data.generate(tmp_path, {"train": 0}, demos=1, seed=0)
     monkeypatch.setattr(got, "manifest", data.read_manifest(tmp_path))
     model = TecNets(Settings(), **got.statistics())
@@ -754,6 +762,17 @@ def test_a_policy_reads_evenly_spaced_frames():
     for frames in (demo["frames"], demo["frames"][[0, 25, 50, 74, 99]]):
         actions.append(evaluate.policy_of(model, [{"frames": frames}])(obs))
     assert_array_equal(*actions)
+
+
+@parametrize("name", train.METHODS)
+def test_a_policy_refuses_pictures_of_another_size(name):
+    """Of the demonstration, of the scene, of both; 31 x 32 gives as many features as 32 x 32."""
+    model, _ = small_method(name, torch.float32)
+    one, other = (random_demos(H=H, W=W, val=1)["val"][0][0] for H, W in ((32, 32), (31, 32)))
+    for given, seen in ((other, one), (one, other), (other, other)):
+        with pytest.raises((ValueError, RuntimeError)):
+            obs = {"image": seen["frames"][0], "state": seen["states"][0]}
+            evaluate.policy_of(model, [given])(obs)
 
 
 def test_interval():

@@ -64,6 +64,7 @@ MADE_DATA = {  # when absent
     "data/quick": {"tasks": {"train": 320, "val": 16}, "demos": 4, "seed": 0},
     "data/smoke": {"tasks": {"train": 16, "val": 4}, "demos": 6, "seed": 0},
 }
+STATISTICS = "state_mean", "state_std", "action_mean", "action_std"  # of the training data
 SIZES = [field.name for field in fields(tecnets.Sizes)]  # settings that the data tell
 CHANGEABLE = "device", "data", "loader_threads", "resume", "name"  # by a resumed run
 HELP = {  # of settings
@@ -248,11 +249,14 @@ def to_tensors(batch, device):
 def fine_tune(model, path):
     """Give a network the weights of a checkpoint; the statistics of its data stay its own."""
     given, _ = load_model(Path(path).read_bytes(), path)
+    own = {name: model.get_buffer(name) for name in STATISTICS}
     try:
-        model.load_state_dict({**given.state_dict(), **dict(model.named_buffers())})
+        model.load_state_dict({**given.state_dict(), **own})
     except RuntimeError:
         raise UserError(f"{path} is of another method, or of other sizes than these data: --init "
                         "needs weights of the same")
+    others = [f"{name} {value}" for name, value in vars(given.settings).items()
+              if value != getattr(model.settings, name)]
     far = []
     for kind in ("state", "action"):
         mean, std, new_mean, new_std = (getattr(network, f"{kind}_{name}").cpu()
@@ -261,6 +265,7 @@ def fine_tune(model, path):
         far += [f"{kind} {i}" for i in differs.nonzero().flatten().tolist()]
     if launched()[0] == 0:
         print(f"{path}: weights are taken, the statistics of states and actions are the new data's"
+              + f"; it was trained with {', '.join(others)}" * bool(others)
               + f"; more than 10 old deviations away: {', '.join(far)}" * bool(far), flush=True)
 
 
@@ -270,7 +275,8 @@ def fine_tune(model, path):
 def validate(model, loader, options):
     """Means over the first batches of `loader`.
 
-    val_loss_q is the control loss on query demos. val_loss_partner is the same given the partner's
+    val_loss_q is the control loss on query demos, val_loss_constant that of the constant action
+    that fits a batch best. val_loss_partner is the same given the partner's
     demonstrations, where tasks come in pairs, or else another task's: no higher if the
     demonstration is ignored. TecNets only: val_accuracy, of retrieval, and val_norm, the
     embeddings' median norm (the longer they are, the slower they turn).
@@ -282,6 +288,8 @@ def validate(model, loader, options):
         s_U = model.embed(batch["frames_U"])
         samples = [batch[name][:, 1] for name in ("images", "states", "actions")]
         row = {"val_loss_q": model.imitation_loss(*samples, s_U).item()}
+        expected = model.normalise_actions(samples[2]).flatten(0, 1)
+        row["val_loss_constant"] = expected.var(0, correction=0).mean().item()
         if len(s_U) > 1:
             pairs = s_U.unflatten(0, (-1, 2)) if loader.group == 2 else s_U[None]
             others = pairs.roll(1, 1).flatten(0, 1)
@@ -314,11 +322,8 @@ class Run:
         self.optimiser = torch.optim.Adam(self.model.parameters(), lr=options["lr"])
         self.scheduler = self.build_scheduler()
         self.build_loaders(train_set, val_set)
-        actions = torch.from_numpy(train_set.actions).to(options["device"])
-        # Of what the control losses are a share:
-        variance = self.model.normalise_actions(actions).var(0).mean().item()
         self.machine = machine(options["device"])
-        self.log.append({"step": 0, "action_variance": variance, "machine": self.machine})
+        self.log.append({"step": 0, "machine": self.machine})
 
     def build_loaders(self, train_set, val_set):
         o = self.options
@@ -463,8 +468,9 @@ def start(folder, options):
     options |= {"tasks": train_set.n_tasks, "val_tasks": val_set.n_tasks}
     run = Run(folder, options, train_set, val_set)
     if checkpoint:
-        if not torch.allclose(run.model.state_mean.cpu(), checkpoint["model"]["state_mean"]):
-            raise other_data
+        for name in STATISTICS:
+            if not torch.allclose(run.model.get_buffer(name).cpu(), checkpoint["model"][name]):
+                raise other_data
         run.load(checkpoint)
     elif options["init"]:
         fine_tune(run.model, options["init"])
@@ -493,8 +499,7 @@ def main():
         run = start(folder, options)
         if is_first:
             print(f"{folder}: step {run.step} of {run.steps}, {run.options['tasks']} training "
-                  "tasks; a policy of constant actions has a control loss of "
-                  f"{run.log[0]['action_variance']:.4g}", flush=True)
+                  "tasks", flush=True)
         run.train()
     if is_first:
         print(f"{folder}/last.pt: {run.seconds / 60:.1f} min")
