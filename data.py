@@ -258,8 +258,8 @@ class TaskSet:
     def statistics(self):
         """Mean and deviation of states (S,) and actions (A,), for a network of these tasks.
 
-        The deviation of what is constant, up to rounding, is 1. The benchmark's states have deviations of at least
-        STD_FLOOR, and its actions, fractions of limits, stay as they are.
+        The deviation of what is constant, up to rounding, is 1. The benchmark's states have
+        deviations of at least STD_FLOOR, and its actions, fractions of limits, stay as they are.
         """
         values = {}
         for name, rows in (("state", self.states), ("action", self.actions)):

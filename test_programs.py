@@ -782,10 +782,10 @@ def test_tables_are_those_of_the_rows(tmp_path):
     with pytest.raises(SystemExit, match="other figures"):
         program["load"](tmp_path)
     report = json.loads((HERE / "results" / "expert" / "results.json").read_text())
-    report["evaluation"] |= {"seed": 5, "look": "table"}
+    report["evaluation"]["look"] = "table"
     common.write_json(tmp_path / "expert" / "results.json", report)
     program["evaluations"].__globals__["HERE"] = tmp_path
-    with pytest.raises(SystemExit, match="expert has seed 5, look table: "):
+    with pytest.raises(SystemExit, match="expert has other trials"):
         program["evaluations"]("expert")
 
 
