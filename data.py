@@ -300,8 +300,7 @@ class TaskLoader:
     was drawn is told by `tasks`, `mirrored`, `recoloured` and `hues` (B,), `demos` (B, K + Q),
     `control_demos` and `times` (B, 2, M).
 
-    Without pairs, a task's partner is rarely in its batch, and telling partners apart is what
-    teaches to heed the demonstration. With pairs, the last of an odd number is never drawn.
+    With pairs, every task's partner is in its batch, and the last of an odd number is never drawn.
     Batches are prepared ahead in background threads. Raises UserError if the data do not allow what
     is asked for.
     """

@@ -10,9 +10,9 @@ random hold the evaluations of these, paper a short run of the paper's recipe, o
 older one of ours. methods/NAME holds a baseline's run; `first` in it the run from whose weights it
 went on. ablations/NAME/seedN and quick/NAME hold one evaluation and the run's log. curve/step-N
 holds validation trials of the weights at that step. looks/one and looks/many hold trials in other
-looks with weights trained in one look, the shipped ones, and in many; looks/first and looks/pair
-validation trials after 33,000 steps with a look for each demonstration or each pair of tasks. A
-table stands between `<!-- NAME -->` and `<!-- end -->`.
+looks with weights trained in one look, the shipped ones, and in many; looks/first, second and third
+validation trials after each part of the training in many, looks/pair those after a first part with
+one look for each pair of tasks. A table stands between `<!-- NAME -->` and `<!-- end -->`.
 """
 import functools
 import json
@@ -276,8 +276,6 @@ def heeds_from(folder):
 
 
 def mean_and_range(values, form):
-    if not values:
-        return ""
     low, high = form.format(min(values)), form.format(max(values))
     return f"{form.format(statistics.mean(values))} ({low} - {high})"
 
@@ -297,8 +295,7 @@ def ablations():
                    for option, value in options[name].items()
                    if option not in ("name", "seed", "device", "data") and value != usual[option]]
         heeding = {seed: found for seed, found in runs[name].items() if found}
-        begun = [step for step, _ in heeding.values()]
-        success = [rate for _, rate in heeding.values()]
+        begun, success = zip(*heeding.values())
         more = [heeding[seed][1] - reference[seed][1] for seed in heeding if reference.get(seed)]
         rows.append((f"`{' '.join(changed) or name}`", f"{len(heeding)} of {len(runs[name])}",
                      mean_and_range(begun, "{:,.0f}"), mean_and_range(success, "{:.1f}"),
@@ -308,8 +305,6 @@ def ablations():
 
 def paired(differences):
     """The mean of the differences between runs of equal seed; its 95 % interval (Student)."""
-    if len(differences) < 2:
-        return ""
     mean = statistics.mean(differences)
     reach = T_975[len(differences)] * statistics.stdev(differences) / len(differences) ** 0.5
     return f"{mean:.1f} [{mean - reach:.1f}, {mean + reach:.1f}]"
