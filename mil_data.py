@@ -29,7 +29,8 @@ def number_of(path):
 def import_mil(train_folder, test_folder, folder, val):
     """Turn MIL's folders into a data set; the last `val` training tasks are to validate on.
 
-    Tasks 2k and 2k + 1 are a pair if no number is missing: where it would be split, one more.
+    If no number is missing, tasks 2k and 2k + 1 are a pair; where one would be split, one task
+    more is to validate on.
     Raises UserError for missing tasks or other shapes than those of pushing.
     """
     train = sorted(Path(train_folder).glob("demos_*.pkl"), key=number_of)

@@ -25,6 +25,7 @@ import pytest
 import torch
 from PIL import Image
 
+import baselines
 import common
 import data
 import evaluate
@@ -509,6 +510,22 @@ def test_validation_tells_whether_demonstrations_count(method, own):
     assert values["val_loss_q"] == values["val_loss_partner"]
 
 
+def test_help_names_the_defaults_that_are_values():
+    printed, _ = run("train.py", "--help")
+    assert "(default: 16)" in printed and "None" not in printed and "True" not in printed
+
+
+def test_validation_retrieves_by_the_queries_of_the_loss(own):
+    """Those of the official code are raw: a long one hides the other task's."""
+    model = small_model(size=32, normalise_queries=False, negatives="queries")
+    embeddings, factors = model.embeddings, torch.tensor([1, 100])[:, None, None]
+    model.embeddings = lambda frames, chunk=None: factors * embeddings(frames, chunk)
+    loader = data.TaskLoader(data.TaskSet(own, "val"), 2, K=1)
+    values = train.validate(model, loader, {"validation_batches": 1, "device": "cpu"})
+    batch = train.to_tensors(loader.batch(0), "cpu")
+    assert values["val_accuracy"] == model.losses(batch)["accuracy"]
+
+
 def test_schedules_of_the_learning_rate(own, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rates = {}
@@ -540,6 +557,23 @@ def test_fine_tuning(own, trained, tmp_path, monkeypatch, capsys):
     assert all((model.get_buffer(name).numpy() == statistics[name]).all() for name in statistics)
     with pytest.raises(common.UserError, match="other sizes"):
         begin("new", "other", "--init", trained / "last.pt", "--filters", 4)
+
+
+class Counting(baselines.Contextual):
+    """A method with a buffer of its own."""
+    def __init__(self, settings, **statistics):
+        super().__init__(settings, **statistics)
+        self.register_buffer("count", torch.zeros(()))
+
+
+def test_fine_tuning_keeps_a_methods_own_buffers(own, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(train.METHODS, "contextual", (Counting, baselines.Settings, {}))
+    job = begin(own, "one", "--method", "contextual", until=0)
+    job.model.count.fill_(5)
+    job.save("last.pt")
+    words = "--method", "contextual", "--init", "runs/one/last.pt"
+    assert begin(own, "two", *words, until=0).model.count == 5
 
 
 def test_flipped_bits_in_a_checkpoint(trained):
