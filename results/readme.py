@@ -7,12 +7,13 @@ stops the program.
 
 Folders: seedN holds a run of our recipe: its log.jsonl and a folder for each evaluation. expert and
 random hold the evaluations of these, paper a short run of the paper's recipe, older runs of an
-older one of ours. methods/NAME holds a baseline's run; `first` in it the run from whose weights it
-went on. ablations/NAME/seedN and quick/NAME hold one evaluation and the run's log. curve/step-N
-holds validation trials of the weights at that step. looks/one and looks/many hold trials in other
-looks with weights trained in one look, the shipped ones, and in many; looks/first, second and third
-validation trials after each part of the training in many, looks/pair those after a first part with
-one look for each pair of tasks. A table stands between `<!-- NAME -->` and `<!-- end -->`.
+older one of ours, nopairs a run of ours with --pairs 0. methods/NAME holds a baseline's run;
+`first` in it the run from whose weights it went on. ablations/NAME/seedN and quick/NAME hold one
+evaluation and the run's log. curve/step-N holds validation trials of the weights at that step.
+looks/one and looks/many hold trials in other looks with weights trained in one look, the shipped
+ones, and in many; looks/first, second and third validation trials after each part of the training
+in many, looks/pair those after a first part with one look for each pair of tasks. A table stands
+between `<!-- NAME -->` and `<!-- end -->`.
 """
 import functools
 import json
@@ -276,6 +277,8 @@ def heeds_from(folder):
 
 
 def mean_and_range(values, form):
+    if not values:
+        return ""
     low, high = form.format(min(values)), form.format(max(values))
     return f"{form.format(statistics.mean(values))} ({low} - {high})"
 
@@ -295,7 +298,7 @@ def ablations():
                    for option, value in options[name].items()
                    if option not in ("name", "seed", "device", "data") and value != usual[option]]
         heeding = {seed: found for seed, found in runs[name].items() if found}
-        begun, success = zip(*heeding.values())
+        begun, success = ([found[i] for found in heeding.values()] for i in (0, 1))
         more = [heeding[seed][1] - reference[seed][1] for seed in heeding if reference.get(seed)]
         rows.append((f"`{' '.join(changed) or name}`", f"{len(heeding)} of {len(runs[name])}",
                      mean_and_range(begun, "{:,.0f}"), mean_and_range(success, "{:.1f}"),
@@ -305,6 +308,8 @@ def ablations():
 
 def paired(differences):
     """The mean of the differences between runs of equal seed; its 95 % interval (Student)."""
+    if len(differences) < 2:
+        return ""
     mean = statistics.mean(differences)
     reach = T_975[len(differences)] * statistics.stdev(differences) / len(differences) ** 0.5
     return f"{mean:.1f} [{mean - reach:.1f}, {mean + reach:.1f}]"
