@@ -83,8 +83,8 @@ def write_data_set(folder, tasks, mirror=None, recolour=False, pairs=False):
     float32, so large offsets, as those of time stamps, are to be subtracted first.
     `mirror` is a dict of `states` (S,) and `actions` (A,), factors 1 or -1 that turn them into
     those of the scene seen in a mirror; without it batches cannot be mirrored. `recolour` says that
-    a picture whose green and blue are exchanged shows a valid scene, too; `pairs` that tasks 2k and
-    2k + 1 have the same objects in exchanged roles.
+    a picture shows a valid scene, too, with green and blue exchanged or its hues turned; `pairs`
+    that tasks 2k and 2k + 1 have the same objects in exchanged roles.
     Raises UserError if the folder is not empty, and ValueError, which names split, task,
     demonstration and key, for arrays that do not fit.
     """
@@ -255,17 +255,21 @@ class TaskSet:
         times = evenly_spaced(self.lengths[tasks, demos], n)  # (..., n)
         return self.frames(tasks[..., None], demos[..., None], times)
 
-    def statistics(self):
+    def statistics(self, mirrored=True):
         """Mean and deviation of states (S,) and actions (A,), for a network of these tasks.
 
-        The deviation of what is constant, up to rounding, is 1. The benchmark's states have
-        deviations of at least STD_FLOOR, and its actions, fractions of limits, stay as they are.
+        Data that tell how they are mirrored count with their mirror images, if `mirrored`. The
+        deviation of what is constant, up to rounding, is 1. The benchmark's scenes lie on both
+        sides and count as they are; its states have deviations of at least STD_FLOOR, and its
+        actions, fractions of limits, stay raw.
         """
-        values = {}
+        values, own, mirror = {}, not self.manifest["benchmark"], self.manifest["mirror"]
         for name, rows in (("state", self.states), ("action", self.actions)):
             rows = rows.astype(np.float64)
+            if own and mirrored and mirror:
+                rows = np.concatenate([rows, rows * mirror[f"{name}s"]])
             mean, std = rows.mean(0), rows.std(0)
-            if not self.manifest["benchmark"]:
+            if own:
                 rounding = np.maximum(1e-6 * np.abs(mean), 1e-12 * std.max(initial=0))
                 std = np.where(std > rounding, std, 1)
             elif name == "state":
@@ -289,7 +293,7 @@ def turn_hue(frames, angle):
 
 @dataclass(eq=False)
 class TaskLoader:
-    """An endless iterator of few-shot batches; batch i depends on (seed, i) only.
+    """An endless iterator of few-shot batches; batch i depends on the data, the fields and i only.
 
     The next batch is that at `position`, which may be set.
     A batch has B different tasks; of each K support and Q query demos, all different, and M control

@@ -208,16 +208,16 @@ def _random_appearance(rng, low=(0, 0.1, 0.25), high=(1, 1, 1)):
     return Appearance(pattern, tuple(colours), int(rng.integers(2 ** 31)))
 
 
-def _texture(look):
+def _texture(appearance):
     """The 64 x 64 pixel picture of an appearance, 8 x 8 cells."""
     row, column = np.indices((8, 8))
     mix = {
         "flat": 0 * row,
         "stripes": column // 2 % 2,
         "checks": (row // 2 + column // 2) % 2,
-        "patches": np.random.default_rng(look.seed).random((8, 8)),
-    }[look.pattern]
-    a, b = np.array(look.colours) * 255
+        "patches": np.random.default_rng(appearance.seed).random((8, 8)),
+    }[appearance.pattern]
+    a, b = np.array(appearance.colours) * 255
     pixels = (a + mix[..., None] * (b - a)).astype(np.uint8)
     return Image.fromarray(pixels.repeat(8, 0).repeat(8, 1))
 

@@ -153,7 +153,7 @@ def fully_connected(inputs, outputs, settings):
 
 
 class EmbeddingNet(nn.Module):
-    """f_theta: a demonstration's first and last frame -> E numbers (section 3)."""
+    """f_theta: n frames of a demonstration, in the paper 2, -> E numbers (section 3)."""
 
     def __init__(self, settings):
         super().__init__()

@@ -431,7 +431,7 @@ def test_an_interrupted_baseline_goes_on(method, own, tmp_path, monkeypatch):
 
 
 def test_going_on_otherwise(own, pushes, tmp_path, monkeypatch, capsys):
-    """Other threads are said in a line; other options, other data, a second process are refused."""
+    """Other threads are said and logged; other options, data or a second process are refused."""
     monkeypatch.chdir(tmp_path)
     begin(own, "a", until=2)
     data.write_data_set("new", own_tasks(factor=999), sim.MIRROR, recolour=True, pairs=True)
@@ -445,7 +445,8 @@ def test_going_on_otherwise(own, pushes, tmp_path, monkeypatch, capsys):
     begin(own, "a", "--resume", until=2)
     assert "other numbers" not in capsys.readouterr().out
     torch.set_num_threads(2)
-    begin(own, "a", "--resume", until=2)
+    log = begin(own, "a", "--resume", until=2).log
+    assert log[-1] == {"step": 2, "machine": train.machine()}
     printed = capsys.readouterr().out
     assert "goes on to other numbers" in printed and printed.endswith("threads 2, not 1\n")
     with open("runs/a/.lock", "w") as lock:

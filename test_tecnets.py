@@ -620,12 +620,21 @@ def tasks(own):
 
 
 def test_statistics(own, monkeypatch, tmp_path):
-    """The deviation of what is constant is 1. Actions of the benchmark stay raw."""
+    """The deviation of what is constant is 1. Actions of the benchmark stay raw.
+
+    What is mirrored counts on both sides: a number that is 0.5 or -0.5 has mean 0, deviation 0.5.
+    """
     demos, got = own
     for name in ("state", "action"):
         rows = np.concatenate([demo[name + "s"] for task in demos for demo in task])
-        assert_allclose(got.statistics()[name + "_mean"], rows.mean(0), rtol=1e-5)
-        assert_allclose(got.statistics()[name + "_std"], [1, 1, *rows[:, 2:].std(0)], rtol=1e-5)
+        plain, both = got.statistics(mirrored=False), got.statistics()
+        assert_allclose(plain[name + "_mean"], rows.mean(0), rtol=1e-5)
+        assert_allclose(plain[name + "_std"], [1, 1, *rows[:, 2:].std(0)], rtol=1e-5)
+        signs = np.array(sim.MIRROR[name + "s"])
+        rows = np.concatenate([rows, rows * signs])
+        assert_allclose(both[name + "_mean"], rows.mean(0), rtol=1e-5, atol=1e-9)
+        first = 0.5 if signs[0] < 0 else 1
+        assert_allclose(both[name + "_std"], [first, 1, *rows[:, 2:].std(0)], rtol=1e-5)
     data.generate(tmp_path, {"train": 0}, demos=1, seed=0)
     monkeypatch.setattr(got, "manifest", data.read_manifest(tmp_path))
     model = TecNets(Settings(), **got.statistics())

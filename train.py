@@ -317,7 +317,8 @@ class Run:
         values = {**options, **{name: self.manifest[name] for name in SIZES}}
         chosen = {field.name: type(field.default)(values[field.name])  # 0 and 1 become bool
                   for field in fields(settings)}
-        self.model = network(settings(**chosen), **train_set.statistics())
+        self.model = network(settings(**chosen),
+                             **train_set.statistics(mirrored=options["mirror"] != 0))
         self.model.to(options["device"]).use_bfloat16 = bool(options["bfloat16"])
         self.optimiser = torch.optim.Adam(self.model.parameters(), lr=options["lr"])
         self.scheduler = self.build_scheduler()
@@ -378,6 +379,8 @@ class Run:
         torch.set_rng_state(state["generator"])
         others = [f"{name} {value}, not {state['machine'].get(name)}"
                   for name, value in self.machine.items() if state["machine"].get(name) != value]
+        if others:
+            self.log.append({"step": self.step, "machine": self.machine})
         if others and self.is_first:
             print(f"{self.folder}: goes on to other numbers than without the interruption, as the "
                   f"machine is another: {'; '.join(others)}", flush=True)
@@ -508,5 +511,4 @@ def main():
 
 
 if __name__ == "__main__":
-    import train  # so that workers that record data find their functions under this name
-    run_program(train.main)
+    run_program(main)

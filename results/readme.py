@@ -118,8 +118,7 @@ def over_seeds(results):
     """The interval of one evaluation; mean and range of several."""
     if len(results) == 1:
         return percent(results[0])
-    rates = [100 * result["success_rate"] for result in results]
-    return f"{statistics.mean(rates):.1f} ({min(rates):.1f} - {max(rates):.1f})"
+    return mean_and_range([100 * result["success_rate"] for result in results], "{:.1f}")
 
 
 def passed(result):
