@@ -7,7 +7,7 @@ stops the program.
 
 Folders: seedN holds a run of our recipe: its log.jsonl and a folder for each evaluation. expert and
 random hold the evaluations of these, paper a short run of the paper's recipe, older runs of an
-older one of ours, nopairs a run of ours with --pairs 0. methods/NAME holds a baseline's run;
+older one of ours, nopairs three runs of ours with --pairs 0. methods/NAME holds a baseline's run;
 `first` in it the run from whose weights it went on. ablations/NAME/seedN and quick/NAME hold one
 evaluation and the run's log. curve/step-N holds validation trials of the weights at that step.
 looks/one and looks/many hold trials in other looks with weights trained in one look, the shipped
