@@ -556,6 +556,10 @@ def test_fine_tuning(own, trained, tmp_path, monkeypatch, capsys):
     assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
     statistics = data.TaskSet("new", "train").statistics()
     assert all((model.get_buffer(name).numpy() == statistics[name]).all() for name in statistics)
+    # Without mirrored batches their mirror images do not count:
+    plain = begin("new", "plain", "--mirror", 0, until=0).model
+    statistics = data.TaskSet("new", "train").statistics(mirrored=False)
+    assert all((plain.get_buffer(name).numpy() == statistics[name]).all() for name in statistics)
     with pytest.raises(common.UserError, match="other sizes"):
         begin("new", "other", "--init", trained / "last.pt", "--filters", 4)
 
