@@ -317,13 +317,12 @@ class TaskLoader:
     time_exponent: float = 3.0  # times are T u^this, u uniform: more than 1 favours the start
     random_support: bool = True  # K is drawn anew for every batch, from 1 to this
     # Half of the tasks are seen in a mirror, half with green and blue exchanged, all demos of a
-    # task alike; tasks 2k and 2k + 1, the same objects in exchanged roles, are drawn together and
-    # seen alike. None: where the data allow it.
+    # task alike. None: where the data allow it.
     mirror: bool | None = None
     recolour: bool | None = None
-    pairs: bool | None = None
     # Radians by which the colours of a task are turned at most. None: 0.6 if recolour is allowed.
     hue_jitter: float | None = None
+    pairs: bool = False  # tasks 2k and 2k + 1, the same objects, are drawn together and seen alike
     demo_frames: int = 2
     query_frames: bool = True  # whether frames_q are read
     threads: int = 1

@@ -494,14 +494,14 @@ def test_validation_tells_whether_demonstrations_count(method, own):
     model = small_model(network, settings, size=32)
     embed = model.embed
     model.embed = lambda frames: torch.dropout(embed(frames), 0.5, model.training)
-    loader = data.TaskLoader(data.TaskSet(own, "val"), 2, K=1, random_support=False,
-                             demo_frames=model.settings.demo_frames)
+    loader = data.TaskLoader(data.TaskSet(own, "train"), 4, K=1, random_support=False,
+                             pairs=True, demo_frames=model.settings.demo_frames)
     options = {"validation_batches": 1, "device": "cpu"}
     values, batch = train.validate(model, loader, options), train.to_tensors(loader.batch(0), "cpu")
     assert model.training
     context = model.eval().embed(batch["frames_U"])
     images, states, actions = (batch[name][:, 1] for name in ("images", "states", "actions"))
-    for name, given in (("val_loss_q", context), ("val_loss_partner", context[[1, 0]])):
+    for name, given in (("val_loss_q", context), ("val_loss_partner", context[[1, 0, 3, 2]])):
         error = model.predict(images, states, given) - actions
         assert values[name] == pytest.approx(error.square().mean().item(), rel=1e-9)
     assert values["val_loss_q"] != values["val_loss_partner"]

@@ -665,7 +665,8 @@ def test_loader_against_loops(own, n, monkeypatch):
     demos, got = own
     nothing = dict.fromkeys(("mirror", "recolour", "pairs"), False)
     monkeypatch.setattr(got, "manifest", {**got.manifest, **nothing})
-    for words, message in (({"mirror": True}, "allow mirror"), ({"K": 3}, "3 of a task")):
+    for words, message in (({"mirror": True}, "allow mirror"), ({"pairs": True}, "allow pairs"),
+                           ({"K": 3}, "3 of a task")):
         with pytest.raises(data.UserError, match=message):
             data.TaskLoader(got, **{"B": 2, "K": 1, **words})
     loader = data.TaskLoader(got, B=3, K=2, M=5, random_support=False, demo_frames=n)
@@ -699,7 +700,7 @@ def turned(frames, angle):
 
 def test_augmented_batches(tasks):
     """Mirror, colours and hue change all frames of a task alike, and nothing else."""
-    loader = data.TaskLoader(tasks, B=4, K=1, pairs=False)  # by default where the data allow it
+    loader = data.TaskLoader(tasks, B=4, K=1)  # by default where the data allow it
     batch = loader.batch(1)
     loader.mirror = loader.recolour = loader.hue_jitter = False
     plain, drawn = loader.batch(1), [batch[name] for name in ("mirrored", "recoloured", "hues")]
@@ -719,7 +720,7 @@ def test_batches_of_pairs(tasks):
 
     Times are T u^3: (1 / T)^(1/3) of them are 0.
     """
-    loader, seen, surplus = data.TaskLoader(tasks, B=2, K=2), set(), []
+    loader, seen, surplus = data.TaskLoader(tasks, B=2, K=2, pairs=True), set(), []
     for position in range(60):
         batch = loader.batch(position)
         one, other = zip(*(batch[name] for name in ("tasks", "mirrored", "recoloured", "hues")))

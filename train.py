@@ -53,7 +53,7 @@ METHODS = {
 PRESETS = {
     "ours": {},
     "paper": dict(batch=64, support=5, random_support=0, query=5, samples=1, time_exponent=1.0,
-                  mirror=0, recolour=0, hue_jitter=0.0, pairs=0, lr=5e-4, schedule="constant",
+                  mirror=0, recolour=0, hue_jitter=0.0, lr=5e-4, schedule="constant",
                   steps=400_000, bfloat16=0),
     "quick": dict(data="data/quick", support=3, steps=5500, lr=2e-3),
     "smoke": dict(data="data/smoke", batch=8, support=2, query=2, steps=200, validate_every=50,
@@ -118,8 +118,7 @@ def parse(argv=None):
         "(paper: 0); by default where the data allow it")
     add("--hue-jitter", type=float, help="the colours of a task are turned by up to this angle, "
         "drawn at random, in radians (paper: 0); 0.6 by default where --recolour is allowed")
-    add("--pairs", **flag, help="1: tasks of the same objects are drawn together (paper: 0); by "
-        "default where the data have pairs")
+    add("--pairs", **flag, default=0, help="1: tasks of the same objects are drawn together")
     add("--chunk", type=int, default=256, help="images of which a backward pass keeps the "
         "activations; of more they are computed again")
     add("--loader-threads", type=int, default=1, help="that prepare batches; a GPU wants several")
