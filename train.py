@@ -118,7 +118,7 @@ def parse(argv=None):
         "(paper: 0); by default where the data allow it")
     add("--hue-jitter", type=float, help="the colours of a task are turned by up to this angle, "
         "drawn at random, in radians (paper: 0); 0.6 by default where --recolour is allowed")
-    add("--pairs", **flag, default=0, help="1: the two tasks of the same objects are drawn together")
+    add("--pairs", **flag, default=0, help="1: the two tasks of a pair of objects come together")
     add("--chunk", type=int, default=256, help="images of which a backward pass keeps the "
         "activations; of more they are computed again")
     add("--loader-threads", type=int, default=1, help="that prepare batches; a GPU wants several")
