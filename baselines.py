@@ -14,9 +14,10 @@ picture, numbers and loss of its inner step.
 Some things differ from the published. For speed, MIL reads 10 evenly spaced frames of one
 demonstration and draws 10 control samples from three others; it had all 100 frames of one and all
 100 of another. The LSTM reads 10 frames, and the LSTM and contextual draw 8 control samples, from
-three demonstrations, too. As in our TecNets, a step has 16 tasks (published: 15), control samples
-favour the start, there are mirror and changed colours, and convolutions pad both sides alike. The
-learning rate falls to zero in the last fifth of the steps (published: constant).
+three demonstrations, too. As in our TecNets, a step has 16 tasks (published: 15; the runs in
+results/ drew them by pairs), control samples favour the start, there are mirror and changed
+colours, and convolutions pad both sides alike. The learning rate falls to zero in the last fifth of
+the steps (published: constant).
 
 Dimensions in comments are those of tecnets.py.
 """

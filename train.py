@@ -275,7 +275,7 @@ def validate(model, loader, options):
     """Means over the first batches of `loader`.
 
     val_loss_q is the control loss on query demos; val_loss_partner that given the partner's
-    demonstrations, where tasks come in pairs, or else another task's: no higher if the
+    demonstrations, where the data have pairs, or else another task's: no higher if the
     demonstration is ignored; val_loss_constant that of the constant action that fits a batch best.
     TecNets only: val_accuracy, of retrieval, and val_norm, the embeddings' median norm (the longer
     they are, the slower they turn).
