@@ -30,6 +30,7 @@ sys.path.insert(0, str(HERE.parent))
 from common import chart, learning_curves, write_atomically
 from evaluate import LOOKS, interval, summary
 from sim import make_task
+from train import CHANGEABLE
 
 SEEDS = sorted(HERE.glob("seed*"))
 FOUND = sorted(path.parent.name for path in HERE.glob("methods/*/test"))
@@ -295,7 +296,7 @@ def ablations():
     for name in sorted(runs, key=lambda name: name != "reference"):
         changed = [f"--{option.replace('_', '-')} {value}"
                    for option, value in options[name].items()
-                   if option not in ("name", "seed", "device", "data") and value != usual[option]]
+                   if option not in ("seed", *CHANGEABLE) and value != usual[option]]
         heeding = {seed: found for seed, found in runs[name].items() if found}
         begun, success = ([found[i] for found in heeding.values()] for i in (0, 1))
         more = [heeding[seed][1] - reference[seed][1] for seed in heeding if reference.get(seed)]
