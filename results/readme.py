@@ -12,7 +12,7 @@ it the run from whose weights it went on. ablations/NAME/seedN and quick/NAME ho
 and the run's log. curve/step-N holds validation trials of the weights at that step.
 looks/one and looks/many hold trials in other looks with weights trained in one look, the shipped
 ones, and in many; looks/first, second and third validation trials after each part of the training
-in many, looks/pair those after a first part with one look for each pair of tasks. A table stands
+in many. A table stands
 between `<!-- NAME -->` and `<!-- end -->`.
 """
 import functools
