@@ -7,13 +7,13 @@ stops the program.
 
 Folders: seedN holds a run of our recipe: its log.jsonl and a folder for each evaluation. expert and
 random hold the evaluations of these, paper a short run of the paper's recipe, pairs three runs of
-ours with --pairs 1, older three of an older recipe. methods/NAME holds a baseline's run; `first` in
-it the run from whose weights it went on. ablations/NAME/seedN and quick/NAME hold one evaluation
-and the run's log. curve/step-N holds validation trials of the weights at that step.
-looks/one and looks/many hold trials in other looks with weights trained in one look, the shipped
-ones, and in many; looks/first, second and third validation trials after each part of the training
-in many. A table stands
-between `<!-- NAME -->` and `<!-- end -->`.
+ours with --pairs 1, lambda_emb_0 one without the embedding loss, older three of an older recipe.
+methods/NAME holds a baseline's run; `first` in it the run from whose weights it went on.
+ablations/NAME/seedN and quick/NAME hold one evaluation and the run's log. curve/step-N holds
+validation trials of the weights at that step. looks/one and looks/many hold trials in other looks
+with weights trained in one look, the shipped ones, and in many; looks/first, second and third
+validation trials after each part of the training in many. A table stands between `<!-- NAME -->`
+and `<!-- end -->`.
 """
 import functools
 import json
@@ -36,12 +36,15 @@ SEEDS = sorted(HERE.glob("seed*"))
 FOUND = sorted(path.parent.name for path in HERE.glob("methods/*/test"))
 METHODS = {name: HERE / "methods" / name for name in ("lstm", "contextual", "mil", *FOUND)}
 METHODS["tecnets"] = HERE / "seed2"  # whose weights are shipped
+TRAINED = *METHODS, "lambda_emb_0"  # the last is the paper's ablation
 
 NAMES = {name: name for name in METHODS} | {
     "random": "random actions", "lstm": "LSTM", "mil": "MIL, video only", "tecnets": "TecNets",
-    "no-demo": "TecNets, `no-demo`", "expert": "scripted expert"}
+    "lambda_emb_0": "TecNets, `--lambda-emb 0`", "no-demo": "TecNets, `no-demo`",
+    "expert": "scripted expert"}
 PUBLISHED = {"random": "0.45", "lstm": "34.23 / 31.98", "contextual": "56.98 / 59.01",
-             "mil": "66.44 / 70.50", "tecnets": "77.25 / 80.86 (unverified)"}
+             "mil": "66.44 / 70.50", "tecnets": "77.25 / 80.86 (unverified)",
+             "lambda_emb_0": "58.56 (unverified)"}
 COLOURS = {"lstm": "#7f8c8d", "contextual": "#2e86c1", "mil": "#d68910", "tecnets": "#c0392b"}
 CORES = {"lstm": 1, "lstm, continued": 2, "contextual": 1, "mil": 2}  # of older runs
 COLUMNS = [0], [1, 5], [1, 5, 1, 5]  # shots of the README's columns
@@ -176,7 +179,7 @@ def difference(result, other):
 def evaluations(policy, kind="test"):
     """The reports of a policy on test trials, of several seeds where there are."""
     places = {"tecnets": f"seed*/{kind}", "no-demo": "seed*/no-demo", "expert": "expert",
-              "random": "random"}
+              "random": "random", "lambda_emb_0": f"lambda_emb_0/{kind}"}
     place = places.get(policy, f"methods/{policy}/{kind}")
     reports = [load(folder) for folder in sorted(HERE.glob(place))]
     for report in reports:
@@ -189,14 +192,14 @@ def evaluations(policy, kind="test"):
 def results():
     rows = [("policy", "published, 1 / 5 shots", "one draw, 1 shot", "one draw, 5 shots",
              "redrawn, 1 shot", "redrawn, 5 shots", "core-hours")]
-    for policy in ("random", *METHODS, "no-demo", "expert"):
+    for policy in ("random", *TRAINED, "no-demo", "expert"):
         groups = []  # the seeds' results of one kind and number of shots
-        for kind in ("test", "redrawn")[:1 + (policy in METHODS)]:
+        for kind in ("test", "redrawn")[:1 + (policy in TRAINED)]:
             groups += zip(*(report["results"] for report in evaluations(policy, kind)))
         assert [group[0]["shots"] for group in groups] in COLUMNS, f"{policy} has other shots"
         cells = [*map(over_seeds, groups)]
         hours = ""
-        if policy in METHODS:
+        if policy in TRAINED:
             spent = [trained(policy, report["network"])[1] for report in evaluations(policy)]
             hours = f"{statistics.mean(spent):.1f}"
         if policy == "tecnets":
