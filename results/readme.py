@@ -280,8 +280,8 @@ def heeds_from(folder):
 
 
 def mean_and_range(values, form):
-    if len(values) < 2:
-        return "".join(map(form.format, values))
+    if not values:
+        return ""
     low, high = form.format(min(values)), form.format(max(values))
     return f"{form.format(statistics.mean(values))} ({low} - {high})"
 
