@@ -6,9 +6,9 @@ Every stored rate and interval is first computed again from its trial rows; a fi
 stops the program.
 
 Folders: seedN holds a run of our recipe: its log.jsonl and a folder for each evaluation. expert and
-random hold the evaluations of these, paper a short run of the paper's recipe, pairs three runs of
-ours with --pairs 1, lambda_emb_0 one without the embedding loss, older three of an older recipe.
-methods/NAME holds a baseline's run; `first` in it the run from whose weights it went on.
+random hold the evaluations of these, paper a short run of the paper's recipe. pairs/seedN and
+lambda_emb_0/seedN hold runs of ours with --pairs 1 and without the embedding loss, older/seedN of an
+older recipe. methods/NAME holds a baseline's run; `first` in it the run from whose weights it went on.
 ablations/NAME/seedN and quick/NAME hold one evaluation and the run's log. curve/step-N holds
 validation trials of the weights at that step. looks/one and looks/many hold trials in other looks
 with weights trained in one look, the shipped ones, and in many; looks/first, second and third
@@ -179,7 +179,7 @@ def difference(result, other):
 def evaluations(policy, kind="test"):
     """The reports of a policy on test trials, of several seeds where there are."""
     places = {"tecnets": f"seed*/{kind}", "no-demo": "seed*/no-demo", "expert": "expert",
-              "random": "random", "lambda_emb_0": f"lambda_emb_0/{kind}"}
+              "random": "random", "lambda_emb_0": f"lambda_emb_0/seed*/{kind}"}
     place = places.get(policy, f"methods/{policy}/{kind}")
     reports = [load(folder) for folder in sorted(HERE.glob(place))]
     for report in reports:
@@ -309,6 +309,24 @@ def ablations():
     return grid(*rows)
 
 
+def full_length():
+    """Success of runs with one change less that of ours in the same scenes, both protocols."""
+    columns = {"validation, 1 shot": ("val", "val-redrawn", 0),
+               "test, 1 shot": ("test", "redrawn", 0), "test, 5 shots": ("test", "redrawn", 1)}
+    rows = [("", "seeds", *columns)]
+    for name, change in (("pairs", "`--pairs 1`"), ("lambda_emb_0", "`--lambda-emb 0`")):
+        folders, cells = sorted(HERE.glob(f"{name}/seed*")), []
+        for *kinds, i in columns.values():
+            found = []
+            for kind in kinds:
+                theirs, ours = ([load(folder / kind)["results"][i] for folder in place]
+                                for place in (folders, SEEDS))
+                found += [row for run in theirs for other in ours for row in gains(run, other)]
+            cells.append(percent(rated(found)))
+        rows.append((change, len(folders), *cells))
+    return grid(*rows)
+
+
 def paired(differences):
     """The mean of the differences between runs of equal seed; its 95 % interval (Student)."""
     if len(differences) < 2:
@@ -371,7 +389,8 @@ def filled():
     """{path: its text with all tables filled} of both READMEs."""
     tables = {"results": results(), "seeds": every_seed(), "methods": methods(),
               "redrawn": redrawn(), "reads": reads(), "looks": looks(),
-              "ablations": ablations(), "map": map_caption(), "costs": costs()}
+              "ablations": ablations(), "full": full_length(), "map": map_caption(),
+              "costs": costs()}
     texts = {}
     for path in (HERE.parent / "README.md", HERE / "README.md"):
         texts[path] = re.sub(
