@@ -850,3 +850,17 @@ def test_embedding_map(tmp_path):
         near = max(s(tests, task, every) @ s(trains, i, every) for i in range(2))
         assert nearness == pytest.approx(near.item(), abs=1e-5)
     assert len(Image.open(tmp_path / "map.png").getcolors(2 ** 24)) > 100
+
+
+def test_margins_of_look_alikes(monkeypatch):
+    """They are those of a plain loop; tasks 0 and 1, 2 and 3 are partners."""
+    monkeypatch.syspath_prepend(HERE / "results")
+    from look_alikes import margins
+    model, _ = train.load_model(evaluate.SHIPPED.read_bytes())
+    ends = np.random.default_rng(0).integers(0, 256, (4, 3, 2, 125, 125, 3), np.uint8)
+    with torch.no_grad():
+        for (task, demo), margin in np.ndenumerate(margins(model, ends)):
+            own, partner = np.delete(ends[task], demo, axis=0), ends[task ^ 1]
+            s, s_own, s_partner = (model.embed(torch.from_numpy(demos))
+                                   for demos in (ends[task, [demo]], own, partner))
+            assert margin == pytest.approx((s @ (s_own - s_partner)).item(), abs=1e-5)

@@ -297,7 +297,7 @@ def ablations():
         options[folder.parent.name] = report["network"]["options"]
     usual, reference = options["reference"], runs["reference"]
     for name in sorted(runs, key=lambda name: name != "reference"):
-        changed = [f"--{option.replace('_', '-')} {value}"
+        changed = [f"--{option.replace('_', '-')} {value:g}"
                    for option, value in options[name].items()
                    if option not in ("seed", *CHANGEABLE) and value != usual[option]]
         heeding = {seed: found for seed, found in runs[name].items() if found}
