@@ -864,3 +864,10 @@ def test_margins_of_look_alikes(monkeypatch):
             s, s_own, s_partner = (model.embed(torch.from_numpy(demos))
                                    for demos in (ends[task, [demo]], own, partner))
             assert margin == pytest.approx((s @ (s_own - s_partner)).item(), abs=1e-5)
+
+
+def test_defaults_are_those_of_the_shipped_weights():
+    report = json.loads((HERE / "results" / "seed2" / "test" / "results.json").read_text())
+    trained = report["network"]["options"]
+    changed = {name for name, value in train.parse([]).items() if value not in (None, trained[name])}
+    assert changed - {*train.CHANGEABLE} == {"seed", "snapshots"}, changed

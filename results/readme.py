@@ -7,13 +7,13 @@ stops the program.
 
 Folders: seedN holds a run of our recipe: its log.jsonl and a folder for each evaluation. expert and
 random hold the evaluations of these, paper a short run of the paper's recipe. pairs/seedN and
-lambda_emb_0/seedN hold runs of ours with --pairs 1 and without the embedding loss, older/seedN of an
-older recipe. methods/NAME holds a baseline's run; `first` in it the run from whose weights it went on.
-ablations/NAME/seedN and quick/NAME hold one evaluation and the run's log. curve/step-N holds
-validation trials of the weights at that step. looks/one and looks/many hold trials in other looks
-with weights trained in one look, the shipped ones, and in many; looks/first, second and third
-validation trials after each part of the training in many. A table stands between `<!-- NAME -->`
-and `<!-- end -->`.
+lambda_emb_0/seedN hold runs of ours with --pairs 1 and without the embedding loss, older/seedN
+runs of an older recipe. methods/NAME holds a baseline's run; `first` in it the run from whose
+weights it went on. ablations/NAME/seedN and quick/NAME hold one evaluation and the run's log.
+curve/step-N holds validation trials of the weights at that step. looks/one and looks/many hold
+trials in other looks with weights trained in one look, the shipped ones, and in many; looks/first,
+second and third validation trials after each part of the training in many. A table stands between
+`<!-- NAME -->` and `<!-- end -->`.
 """
 import functools
 import json
