@@ -235,6 +235,9 @@ class Policy(nn.Module):
     def predict_normalised(self, images, states, context):
         """As `predict`, but the actions stay normalised."""
         self.check_size(images)
+        if states.shape[-1:] != self.state_mean.shape:  # one number would be spread over all
+            raise ValueError(f"states have size {states.shape[-1]}, the network's "
+                             f"{len(self.state_mean)}")
         states = (states - self.state_mean) / self.state_std
         with self.autocast():
             return self.respond(images, states, context).to(states.dtype)
@@ -243,7 +246,10 @@ class Policy(nn.Module):
         return (actions - self.action_mean) / self.action_std
 
     def predict(self, images, states, context):
-        """Actions (B, M, A) for images (B, M, H, W, 3) uint8, states (B, M, S), contexts (B, *)."""
+        """Actions (B, M, A) for images (B, M, H, W, 3) uint8, states (B, M, S), contexts (B, *).
+
+        Raises ValueError for images or states of another size.
+        """
         actions = self.predict_normalised(images, states, context)
         return actions * self.action_std + self.action_mean
 

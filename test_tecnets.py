@@ -199,6 +199,8 @@ def test_tools_that_take_any_network(name):
     torch.nn.utils.parameters_to_vector(model.parameters())  # they are contiguous
     with pytest.raises(TypeError, match="uint8"):
         model.backward({**batch, "frames_U": frames / 255})
+    with pytest.raises(ValueError, match="states have size 1, the network's"):
+        model(images, states[..., :1], context)
 
 
 @parametrize("call", ["embed", "predict"])
