@@ -248,7 +248,7 @@ def every_seed():
             validation = ""
     others = {f"{path.parent.name.removeprefix('seed')}, `no-demo`": path
               for path in sorted(HERE.glob("seed*/no-demo"))}
-    others |= {"`expert`": HERE / "expert", "`random`": HERE / "random"}
+    others["`expert`"] = HERE / "expert"
     for name, folder in others.items():
         rows.append((name, "", *figures(load(folder)["results"][0]), ""))
     return grid(*rows)
