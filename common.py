@@ -164,10 +164,10 @@ def make_files(make, jobs, workers, shard=(0, 1)):
             progress(f"{done}/{len(missing)} tasks, {60 / pace:.1f} a minute, "
                      f"{pace * left / 60:.1f} min left", end=not left)
     except BaseException as error:
-        pool.shutdown(wait=False, cancel_futures=True)
         for child in multiprocessing.active_children():
             if child not in others:
                 child.kill()
+        pool.shutdown(cancel_futures=True)  # its thread ends before the interpreter does
         if isinstance(error, concurrent.futures.process.BrokenProcessPool):
             raise UserError("a worker process was killed, perhaps for lack of memory: "
                             "try fewer --workers; the same command goes on")

@@ -869,5 +869,6 @@ def test_margins_of_look_alikes(monkeypatch):
 def test_defaults_are_those_of_the_shipped_weights():
     report = json.loads((HERE / "results" / "seed2" / "test" / "results.json").read_text())
     trained = report["network"]["options"]
-    changed = {name for name, value in train.parse([]).items() if value not in (None, trained[name])}
+    changed = {name for name, value in train.parse([]).items()
+               if value not in (None, trained[name])}
     assert changed - {*train.CHANGEABLE} == {"seed", "snapshots"}, changed
