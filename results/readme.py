@@ -7,13 +7,13 @@ stops the program.
 
 Folders: seedN holds a run of our recipe: its log.jsonl and a folder for each evaluation. expert and
 random hold the evaluations of these, paper a short run of the paper's recipe. pairs/seedN and
-lambda_emb_0/seedN hold runs of ours with --pairs 1 and without the embedding loss, older/seedN
-runs of an older recipe. methods/NAME holds a baseline's run; `first` in it the run from whose
-weights it went on. ablations/NAME/seedN and quick/NAME hold one evaluation and the run's log.
-curve/step-N holds validation trials of the weights at that step. looks/one and looks/many hold
-trials in other looks with weights trained in one look, the shipped ones, and in many; looks/first,
-second and third validation trials after each part of the training in many. A table stands between
-`<!-- NAME -->` and `<!-- end -->`.
+lambda_emb_0/seedN hold runs of ours with --pairs 1 and without the embedding loss, older/seedN runs
+of an older recipe. methods/NAME holds a baseline's run; `first` in it the run from whose weights it
+went on, others runs with one change. ablations/NAME/seedN and quick/NAME hold one evaluation and
+the run's log. curve/step-N holds validation trials of the weights at that step. looks/one and
+looks/many hold trials in other looks with weights trained in one look, the shipped ones, and in
+many; looks/first, second and third validation trials after each part of the training in many. A
+table stands between `<!-- NAME -->` and `<!-- end -->`.
 """
 import functools
 import json
@@ -256,19 +256,31 @@ def every_seed():
 
 def methods():
     """The paper's comparison, each method at its last step."""
-    rows = [("", "shots", *FIGURES, "more than MIL", "control loss, partner's", "steps",
-             "core-hours")]
+    rows = [("", "shots", *FIGURES, "more than MIL", "steps", "core-hours")]
     mil = {result["shots"]: result for result in load(METHODS["mil"] / "test")["results"]}
     for method, folder in METHODS.items():
         report = load(folder / "test")
         steps, hours = trained(method, report["network"])
-        last = log_rows(folder, "val_loss_partner")[-1]
-        losses = f"{last['val_loss_q']:.4f}, {last['val_loss_partner']:.4f}"
-        once = losses, f"{steps:,}", f"{hours:.1f}"
+        once = f"{steps:,}", f"{hours:.1f}"
         for result in report["results"]:
             more = "" if method == "mil" else difference(result, mil[result["shots"]])
             rows.append((NAMES[method], result["shots"], *figures(result), more, *once))
             once = [""] * len(once)
+    return grid(*rows)
+
+
+def changed_baselines():
+    """Runs of baselines with one change, beside those without it, which have as many steps."""
+    rows = [("", "1 shot", "more than usual", "5 shots", "more than usual")]
+    for change, folder, usual in (
+            ("LSTM, published sampling", METHODS["lstm"] / "published", METHODS["lstm"] / "first"),
+            ("contextual, flat features", METHODS["contextual"] / "flat", METHODS["contextual"])):
+        run, other = load(folder / "test"), load(usual / "test")
+        assert run["network"]["step"] == other["network"]["step"], change
+        cells = []
+        for results in zip(run["results"], other["results"]):
+            cells += percent(results[0]), difference(*results)
+        rows.append((change, *cells))
     return grid(*rows)
 
 
@@ -388,9 +400,9 @@ def success_curves(path):
 def filled():
     """{path: its text with all tables filled} of both READMEs."""
     tables = {"results": results(), "seeds": every_seed(), "methods": methods(),
-              "redrawn": redrawn(), "reads": reads(), "looks": looks(),
-              "ablations": ablations(), "full": full_length(), "map": map_caption(),
-              "costs": costs()}
+              "changed": changed_baselines(), "redrawn": redrawn(), "reads": reads(),
+              "looks": looks(), "ablations": ablations(), "full": full_length(),
+              "map": map_caption(), "costs": costs()}
     texts = {}
     for path in (HERE.parent / "README.md", HERE / "README.md"):
         texts[path] = re.sub(
