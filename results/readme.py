@@ -271,7 +271,7 @@ def methods():
 
 def changed_baselines():
     """Runs of baselines with one change, beside those without it, which have as many steps."""
-    rows = [("", "1 shot", "more than usual", "5 shots", "more than usual")]
+    rows = [("", "success, 1 shot", "more than usual", "5 shots", "more than usual")]
     for change, folder, usual in (
             ("LSTM, published sampling", METHODS["lstm"] / "published", METHODS["lstm"] / "first"),
             ("contextual, flat features", METHODS["contextual"] / "flat", METHODS["contextual"])):
